@@ -1,0 +1,32 @@
+"""`connect`: the one door into an executor, wherever it runs."""
+
+from __future__ import annotations
+
+import functools
+
+from symbiosis.client.session import PriorityName, Session
+from symbiosis.executor.executor import Executor
+from symbiosis.transport.sockets import Address, SocketChannel
+
+
+def connect(
+    base: str | Executor,
+    *,
+    name: str | None = None,
+    priority: PriorityName = "auto",
+    timeout_s: float = 10.0,
+) -> Session:
+    """Open a session with the executor at ``base``.
+
+    ``base`` is ``unix:///path.sock``, ``tcp://host:port``, or an `Executor` of this process.
+    ``name`` is what ``symbiosis status`` shows. ``priority`` says whether a person waits for the
+    answers (``interactive``) or a training loop does (``training``); ``auto`` decides for each
+    exchange by whether gradients are recorded. ``timeout_s`` bounds connecting.
+
+    Raises ConnectionFailed, ProtocolError.
+    """
+    if isinstance(base, Executor):
+        return Session(base.open_channel, "inproc", name=name, priority=priority)
+    url = str(Address.parse(base))
+    opener = functools.partial(SocketChannel, url, timeout_s=timeout_s)
+    return Session(opener, url, name=name, priority=priority)

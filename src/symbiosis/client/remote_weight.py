@@ -1,0 +1,199 @@
+"""`RemoteWeight`: a tensor with shape, dtype and device whose numbers are in the executor.
+
+To torch, transformers and peft it is a frozen parameter. What consumes it becomes an exchange:
+`__torch_function__` is the short way for the hot operations (a linear layer), `__torch_dispatch__`
+underneath gives every other ATen operation a meaning or refuses it. The tables of both are
+filled by `symbiosis.client.operations`. View operations and dtype casts stay lazy: they change
+the view recipe that travels with an exchange. Operations that read the numbers themselves (a
+norm, an SVD) fetch the weight, once, and say so in the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from symbiosis.client.session import Session
+from symbiosis.errors import UnsupportedOperation
+from symbiosis.wire.views import Recipe, View, look
+
+Handler = Callable[..., Any]
+
+FUNCTIONS: dict[Any, Handler] = {}
+"""Python-level torch functions with a short way; called as the function itself would be."""
+
+ATEN: dict[Any, Handler] = {}
+"""ATen overloads with a remote meaning; called with (overload, args, kwargs)."""
+
+READS: set[Any] = set()
+"""ATen overloads that read the numbers: the weight is fetched and the overload run locally."""
+
+
+class RemoteWeight(Tensor):
+    """One frozen weight of the executor, or a view of it."""
+
+    _session: Session
+    _weight: int
+    _recipe: Recipe
+    _like: Tensor  # on the meta device: shape, strides, dtype
+
+    @staticmethod
+    def __new__(
+        cls, session: Session, weight: int, recipe: Recipe, like: Tensor, device: torch.device
+    ) -> RemoteWeight:
+        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+            cls,
+            like.shape,
+            strides=like.stride(),
+            dtype=like.dtype,
+            device=device,
+            requires_grad=False,
+        )
+
+    def __init__(
+        self, session: Session, weight: int, recipe: Recipe, like: Tensor, device: torch.device
+    ) -> None:
+        self._session = session
+        self._weight = weight
+        self._recipe = recipe
+        self._like = like
+
+    @property
+    def weight_name(self) -> str:
+        """The first name under which the executor hosts it."""
+        return self._session.weights[self._weight].names[0]
+
+    def viewed(self, like: Tensor, step: View, *args: int) -> RemoteWeight:
+        """This weight looked at one step further; ``like`` is the outcome on the meta device."""
+        recipe = (*self._recipe, step, len(args), *args)
+        return RemoteWeight(self._session, self._weight, recipe, like, self.device)
+
+    def cast(self, dtype: torch.dtype, device: torch.device) -> RemoteWeight:
+        """The same weight under another dtype or device; nothing is computed."""
+        return RemoteWeight(
+            self._session, self._weight, self._recipe, self._like.to(dtype), device
+        )
+
+    def fetch(self, why: str) -> Tensor:
+        """The numbers: a local tensor like this one, which must not be changed in place.
+
+        Raises FetchRefused if the executor keeps its weights to itself.
+        """
+        tensor = look(self._session.fetch(self._weight, why), self._recipe)
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+    def localise(self, why: str) -> None:
+        """Turn this very parameter into a local one with the same numbers, in place.
+
+        Needed before it can be trained or changed (``modules_to_save``, merging). Fetches.
+        """
+        self.become(self.fetch(why).clone())
+
+    def become(self, values: Tensor) -> None:
+        """Turn this very parameter into a local, frozen one that holds ``values``."""
+        local = nn.Parameter(values, requires_grad=False)
+        torch.utils.swap_tensors(self, local)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        kind = "Parameter, " if getattr(self, "_is_param", False) else ""
+        shape = tuple(self.shape)
+        return (
+            f"RemoteWeight({kind}{self.weight_name}, shape={shape}, dtype={self.dtype}, "
+            f"device='{self.device}', in {self._session.url})"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RemoteWeight:
+        if id(self) not in memo:
+            twin = self.cast(self.dtype, self.device)
+            if getattr(self, "_is_param", False):
+                twin._is_param = True  # type: ignore[attr-defined]
+            memo[id(self)] = twin
+        return memo[id(self)]  # type: ignore[no-any-return]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedOperation(
+            f"{self.weight_name} cannot be pickled or saved: its numbers are in the executor at "
+            f"{self._session.url}. Save the adapter (model.save_pretrained on a PEFT model), or "
+            f"fetch the weight explicitly with .fetch(...)"
+        )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        handler = FUNCTIONS.get(func)
+        if handler is not None:
+            found = handler(*args, **kwargs) if kwargs else handler(*args)
+            if found is not NotImplemented:
+                return found
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs) if kwargs else func(*args)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = ATEN.get(func)
+        if handler is not None:
+            found = handler(func, args, kwargs)
+            if found is not NotImplemented:
+                return found
+        if func in READS or torch.Tag.pointwise in func.tags and not func._schema.is_mutable:
+            why = func._schema.name.removeprefix("aten::")
+            return func(*_fetched(args, why), **_fetched(kwargs, why))
+        raise UnsupportedOperation(
+            f"{func} has no meaning on the remote weight {_first(args, kwargs).weight_name}: "
+            f"products, lookups, views, casts and reads have one. To work on the numbers "
+            f"themselves call .fetch('reason') on the weight"
+        )
+
+
+def _fetched(value: Any, why: str) -> Any:
+    if isinstance(value, RemoteWeight):
+        return value.fetch(why)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_fetched(item, why) for item in value)
+    if isinstance(value, dict):
+        return {key: _fetched(item, why) for key, item in value.items()}
+    return value
+
+
+def _first(*values: Any) -> RemoteWeight:
+    for value in values:
+        if isinstance(value, RemoteWeight):
+            return value
+        if isinstance(value, (tuple, list, dict)):
+            items = value.values() if isinstance(value, dict) else value
+            try:
+                return _first(*items)
+            except LookupError:
+                continue
+    raise LookupError("no remote weight among the arguments")
+
+
+def _reduce_for_worker(weight: RemoteWeight) -> Any:
+    """How a weight goes to a worker process of a DataLoader: as a handle, not as numbers."""
+    like = weight._like
+    layout = (tuple(like.shape), like.stride(), like.dtype, str(weight.device))
+    is_parameter = getattr(weight, "_is_param", False)
+    return _rebuild, (weight._session, weight._weight, weight._recipe, layout, is_parameter)
+
+
+def _rebuild(
+    session: Session, weight: int, recipe: Recipe, layout: tuple[Any, ...], is_parameter: bool
+) -> RemoteWeight:
+    shape, strides, dtype, device = layout
+    like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    rebuilt = RemoteWeight(session, weight, recipe, like, torch.device(device))
+    if is_parameter:
+        rebuilt._is_param = True  # type: ignore[attr-defined]
+    return rebuilt
+
+
+ForkingPickler.register(RemoteWeight, _reduce_for_worker)
+

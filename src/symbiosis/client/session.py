@@ -1,0 +1,389 @@
+"""A session: one client's connection to an executor, and what it learned there.
+
+Sends exchanges for the remote weights, one at a time and from any thread (autograd calls from
+threads of its own), groups products that share an input, fetches whole weights when that is
+asked for and allowed, and builds models. Knows channels; knows no sockets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from symbiosis.client.groups import InputGroups
+from symbiosis.errors import ConnectionLost, ProtocolError, SymbiosisError
+from symbiosis.transport.channel import Channel
+from symbiosis.wire.exchange import NO_BIAS, Exchange, Op, Priority
+from symbiosis.wire.frames import VERSION, Json
+from symbiosis.wire.tensors import spec_of
+from symbiosis.wire.views import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+PriorityName = Literal["auto", "interactive", "training"]
+Opener = Callable[[Json], Channel]
+
+_serial = itertools.count(1)
+
+
+class WeightInfo(NamedTuple):
+    """A hosted weight as the executor describes it."""
+
+    id: int
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionStats:
+    """What one session has cost so far. Times in seconds, summed over exchanges."""
+
+    exchanges: int
+    forward: int  # exchanges outside a backward pass
+    grouped: int  # products answered along with another, without an exchange of their own
+    bytes_sent: int
+    bytes_received: int
+    wait_s: float  # from handing an exchange over to holding its result
+    queue_s: float  # of that, waiting in the executor
+    compute_s: float  # of that, the executor's computation
+    mean_batch: float
+    fetched_bytes: int
+
+
+class _Counters:
+    """Mutable side of `SessionStats`."""
+
+    def __init__(self) -> None:
+        self.exchanges = self.forward = self.grouped = 0
+        self.bytes_sent = self.bytes_received = self.fetched_bytes = 0
+        self.wait_s = 0.0
+        self.queue_us = self.compute_us = self.batch_members = 0
+
+
+class _Ahead(NamedTuple):
+    """Results that came with the first product on ``x``, for the products to follow."""
+
+    x: Tensor  # kept alive, so that its memory cannot become another input meanwhile
+    input_key: tuple[object, ...]
+    results: dict[object, Tensor]
+
+
+class Session:
+    """A client's connection to one executor; `symbiosis.connect` opens it.
+
+    Safe to use from several threads: exchanges take turns. After a fork the child opens a
+    connection of its own at the first exchange. A session holds no computation state in the
+    executor, so closing it loses nothing.
+    """
+
+    def __init__(
+        self,
+        opener: Opener,
+        url: str,
+        *,
+        name: str | None = None,
+        priority: PriorityName = "auto",
+    ) -> None:
+        """``opener`` opens channels to ``url``; the first is opened here. Raises
+        ConnectionFailed, ProtocolError."""
+        if priority not in ("auto", "interactive", "training"):
+            raise ValueError(f"priority is {priority!r}; use auto, interactive or training")
+        self.url = url
+        self._opener = opener
+        self._priority = priority
+        self._hello: Json = {
+            "protocol": VERSION,
+            "client": name or f"client-{os.getpid()}-{next(_serial)}",
+            "pid": os.getpid(),
+        }
+        self._lock = threading.RLock()
+        self._channel: Channel | None = None
+        self._channel_pid = 0
+        self._closed = False
+        self._counters = _Counters()
+        self._groups = InputGroups()
+        self._ahead: _Ahead | None = None
+        self._fetched: dict[int, Tensor] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        welcome = self._open().welcome
+        self.welcome = welcome
+        self.weights = _weight_table(welcome)
+        self.biases = _bias_table(welcome)
+
+    # Models
+
+    def model(
+        self,
+        auto_class: type | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> PreTrainedModel:
+        """The hosted model as an ordinary transformers model; its frozen weights stay remote.
+
+        ``auto_class`` is a transformers model or Auto class if another head is wanted than the
+        one hosted (its new parameters are local and trainable); ``dtype`` is that of the
+        activations, by default the executor's. Raises ModelError, ConnectionLost.
+        """
+        from symbiosis.client.load import build_model  # the model builder needs the session
+
+        return build_model(self, auto_class, torch.device(device or "cpu"), dtype)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that the executor ships with the model."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.model_folder())  # type: ignore[no-any-return]
+
+    def model_folder(self) -> Path:
+        """A local folder with the configuration and tokenizer files, without weights; it is
+        removed when the session is closed."""
+        with self._lock:
+            if self._folder is None:
+                self._folder = tempfile.TemporaryDirectory(prefix="symbiosis-")
+                answer, payload = self._request({"get": "files"})
+                _write_files(Path(self._folder.name), answer, payload)
+            return Path(self._folder.name)
+
+    def shipped(self) -> dict[str, Tensor]:
+        """Small parameters and buffers that live with the client, by name; fresh copies."""
+        _, payload = self._request({"get": "parameters"})
+        return load_safetensors(payload.numpy().tobytes())
+
+    # Statistics
+
+    def stats(self) -> SessionStats:
+        """What this session has cost so far."""
+        c = self._counters
+        return SessionStats(
+            exchanges=c.exchanges,
+            forward=c.forward,
+            grouped=c.grouped,
+            bytes_sent=c.bytes_sent,
+            bytes_received=c.bytes_received,
+            wait_s=c.wait_s,
+            queue_s=c.queue_us / 1e6,
+            compute_s=c.compute_us / 1e6,
+            mean_batch=c.batch_members / c.exchanges if c.exchanges else 0.0,
+            fetched_bytes=c.fetched_bytes,
+        )
+
+    def executor_stats(self) -> dict[str, Any]:
+        """The executor's own counters: clients, exchanges/s, batch sizes, memory, queue times."""
+        answer, _ = self._request({"get": "stats"})
+        return dict(answer)
+
+    # The data path
+
+    def product(
+        self, op: Op, x: Tensor, weight: int, recipe: Recipe, bias: int, *, forward: bool
+    ) -> Tensor:
+        """``op`` (LINEAR or MATMUL) of ``x`` (..., I) with a weight: (..., O), x's dtype and device.
+
+        ``forward`` marks a product whose siblings on the same input may be asked for with it.
+        """
+        x = x.detach().contiguous()
+        member = (op, weight, recipe, bias)
+        with self._lock:
+            if not forward or recipe:
+                return self._exchange(op, (weight,), (bias,), recipe, (), (x,), forward)[0]
+            input_key = (x.data_ptr(), x._version, x.shape, x.dtype)
+            found = self._from_ahead(input_key, member)
+            self._groups.observe(input_key, member)
+            if found is not None:
+                return found
+            members = [m for m in self._groups.members(member) if m[0] == op]  # type: ignore[index]
+            weights = tuple(m[1] for m in members)  # type: ignore[index]
+            biases = tuple(m[3] for m in members)  # type: ignore[index]
+            results = self._exchange(op, weights, biases, (), (), (x,), forward)
+            rest = dict(zip(members[1:], results[1:], strict=True))
+            self._ahead = _Ahead(x, input_key, rest)
+            return results[0]
+
+    def exchange(
+        self,
+        op: Op,
+        weight: int,
+        recipe: Recipe,
+        tensors: tuple[Tensor, ...],
+        *,
+        params: tuple[int, ...] = (),
+        bias: int = NO_BIAS,
+    ) -> Tensor:
+        """Any operation of the closed list on one weight; the result on the input's device."""
+        detached = tuple(tensor.detach().contiguous() for tensor in tensors)
+        with self._lock:
+            return self._exchange(op, (weight,), (bias,), recipe, params, detached, True)[0]
+
+    def fetch(self, weight: int, why: str) -> Tensor:
+        """The whole of a weight, on the CPU, in the executor's dtype; kept for further use.
+
+        The caller must not change it. Raises FetchRefused if the executor does not allow it.
+        """
+        with self._lock:
+            found = self._fetched.get(weight)
+            if found is None:
+                answer, payload = self._request({"get": "weight", "id": weight, "why": why})
+                info = self.weights[weight]
+                dtype = getattr(torch, str(answer["dtype"]))
+                found = payload.view(dtype).view(info.shape)
+                self._fetched[weight] = found
+                self._counters.fetched_bytes += len(payload)
+                logger.warning(
+                    "fetched the whole of %s (%.1f MB) because %s reads it; it is kept in memory",
+                    info.names[0],
+                    len(payload) / 1e6,
+                    why,
+                )
+            return found
+
+    def close(self) -> None:
+        """Leave the executor; idempotent."""
+        with self._lock:
+            self._closed = True
+            self._drop_channel()
+            self._ahead = None
+            if self._folder is not None:
+                self._folder.cleanup()
+                self._folder = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> Any:
+        """A worker process gets a session of its own to the same executor."""
+        if self.url == "inproc":
+            raise SymbiosisError(
+                "a session within the executor's own process cannot go to another process: let "
+                "the executor listen on a unix:// or tcp:// address and connect to that"
+            )
+        reopen = functools.partial(
+            Session, name=str(self._hello["client"]), priority=self._priority
+        )
+        return reopen, (self._opener, self.url)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{self._counters.exchanges} exchanges"
+        return f"<Session {self.url}: {self.welcome.get('model')}, {state}>"
+
+    def _from_ahead(self, input_key: tuple[object, ...], member: object) -> Tensor | None:
+        ahead = self._ahead
+        if ahead is None:
+            return None
+        if ahead.input_key != input_key:
+            self._ahead = None
+            return None
+        found = ahead.results.pop(member, None)
+        if found is not None:
+            self._counters.grouped += 1
+        return found
+
+    def _exchange(
+        self,
+        op: Op,
+        weights: tuple[int, ...],
+        biases: tuple[int, ...],
+        recipe: Recipe,
+        params: tuple[int, ...],
+        tensors: tuple[Tensor, ...],
+        forward: bool,
+    ) -> tuple[Tensor, ...]:
+        specs = tuple(spec_of(tensor) for tensor in tensors)
+        exchange = Exchange(
+            op, weights, biases, recipe, params, specs, tensors, self._priority_of(forward)
+        )
+        channel = self._open()
+        started_s = time.perf_counter()
+        try:
+            result = channel.exchange(exchange)
+        except SymbiosisError:
+            raise
+        except BaseException:  # interrupted: an answer may still be under way on this channel
+            self._drop_channel()
+            raise
+        c = self._counters
+        c.wait_s += time.perf_counter() - started_s
+        c.exchanges += 1
+        c.forward += forward
+        c.queue_us += result.queue_us
+        c.compute_us += result.compute_us
+        c.batch_members += result.batch_size
+        c.bytes_sent += sum(spec.num_bytes for spec in specs)
+        c.bytes_received += sum(t.numel() * t.element_size() for t in result.tensors)
+        if len(result.tensors) != len(weights):
+            raise ProtocolError(f"{len(result.tensors)} results for {len(weights)} weights")
+        device = tensors[0].device
+        if device.type == "cpu":
+            return result.tensors
+        return tuple(tensor.to(device) for tensor in result.tensors)
+
+    def _priority_of(self, forward: bool) -> Priority:
+        if self._priority == "auto":
+            training = not forward or torch.is_grad_enabled()
+            return Priority.TRAINING if training else Priority.INTERACTIVE
+        return Priority.TRAINING if self._priority == "training" else Priority.INTERACTIVE
+
+    def _request(self, question: Json) -> tuple[Json, Tensor]:
+        with self._lock:
+            return self._open().request(question)
+
+    def _open(self) -> Channel:
+        if self._closed:
+            raise ConnectionLost(f"this session with {self.url} is closed; call connect() again")
+        if self._channel is None or self._channel_pid != os.getpid():
+            self._channel = self._opener(self._hello)
+            self._channel_pid = os.getpid()
+        return self._channel
+
+    def _drop_channel(self) -> None:
+        if self._channel is not None and self._channel_pid == os.getpid():
+            self._channel.close()
+        self._channel = None
+
+
+def _weight_table(welcome: Json) -> dict[int, WeightInfo]:
+    try:
+        entries = [
+            WeightInfo(int(w["id"]), tuple(w["names"]), tuple(w["shape"]))
+            for w in welcome["weights"]  # type: ignore[attr-defined]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"the executor's welcome has no proper table of weights: {error!r}") from None
+    return {entry.id: entry for entry in entries}
+
+
+def _bias_table(welcome: Json) -> dict[str, int]:
+    biases = welcome.get("biases")
+    return {str(k): int(v) for k, v in biases.items()} if isinstance(biases, dict) else {}
+
+
+def _write_files(folder: Path, answer: Json, payload: Tensor) -> None:
+    sizes = answer.get("files")
+    if not isinstance(sizes, dict):
+        raise ProtocolError("the executor sent no list of files")
+    data, at = payload.numpy().tobytes(), 0
+    for name, size in sizes.items():
+        if Path(name).name != name:
+            raise ProtocolError(f"the executor sent a file named {name!r}; plain names only")
+        (folder / name).write_bytes(data[at : at + size])
+        at += size
+
+

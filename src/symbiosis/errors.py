@@ -1,0 +1,120 @@
+"""One tree of errors; every message says what was wrong, where, and what to do.
+
+::
+
+    SymbiosisError
+    ├── ProtocolError           the bytes on the wire make no sense; the connection is closed
+    ├── ConnectionFailed        no executor answers at that address
+    ├── ConnectionLost          the executor or the network went away in mid-session
+    ├── ExchangeRefused         the executor understood the exchange and will not run it
+    │   ├── UnknownWeight       no such weight in the hosted model
+    │   ├── UnknownOperation    not on the executor's closed list
+    │   ├── InvalidInput        shape, dtype or value does not fit the weight
+    │   └── ExchangeFailed      the computation itself failed (out of memory, for example)
+    ├── FetchRefused            this executor does not hand out its weights
+    ├── UnsupportedOperation    no meaning is defined for this use of a remote weight
+    ├── ModelError              a model folder cannot be hosted, or is not the one hosted here
+    ├── DataError               a line of a data set is malformed
+    └── MethodError             an unknown PEFT method or option
+
+Errors that cross the wire carry ``code``; ``from_code`` makes them again on the other side.
+This module knows nothing of the rest of the package.
+"""
+
+from __future__ import annotations
+
+
+class SymbiosisError(Exception):
+    """Root of everything that this package raises on purpose."""
+
+    code = "error"
+
+
+class ProtocolError(SymbiosisError):
+    """A malformed, oversized or unexpected frame."""
+
+    code = "protocol"
+
+
+class ConnectionFailed(SymbiosisError):
+    """No executor could be reached."""
+
+    code = "connection-failed"
+
+
+class ConnectionLost(SymbiosisError):
+    """The connection ended while something was still expected from it."""
+
+    code = "connection-lost"
+
+
+class ExchangeRefused(SymbiosisError):
+    """The executor will not run this exchange; the session goes on."""
+
+    code = "refused"
+
+
+class UnknownWeight(ExchangeRefused):
+    """The exchange names a weight that the hosted model does not have."""
+
+    code = "unknown-weight"
+
+
+class UnknownOperation(ExchangeRefused):
+    """The exchange names an operation that is not on the executor's list."""
+
+    code = "unknown-operation"
+
+
+class InvalidInput(ExchangeRefused):
+    """Shape, dtype or value of the input does not fit the operation."""
+
+    code = "invalid-input"
+
+
+class ExchangeFailed(ExchangeRefused):
+    """The executor tried and failed, for example for want of memory."""
+
+    code = "exchange-failed"
+
+
+class FetchRefused(SymbiosisError):
+    """The executor's policy does not let weights leave it."""
+
+    code = "fetch-refused"
+
+
+class UnsupportedOperation(SymbiosisError, NotImplementedError):
+    """A remote weight was used in a way that has no remote meaning."""
+
+    code = "unsupported-operation"
+
+
+class ModelError(SymbiosisError):
+    """A model cannot be loaded, or is not the one that the executor hosts."""
+
+    code = "model"
+
+
+class DataError(SymbiosisError):
+    """A data set cannot be read; the message names the file and the line."""
+
+    code = "data"
+
+
+class MethodError(SymbiosisError):
+    """A PEFT method or one of its options is not known."""
+
+    code = "method"
+
+
+def _tree(root: type[SymbiosisError]) -> dict[str, type[SymbiosisError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found.update(_tree(child))
+    return found
+
+
+def from_code(code: str, message: str) -> SymbiosisError:
+    """The error that the other side meant; an unknown code becomes the root class."""
+    return _tree(SymbiosisError).get(code, SymbiosisError)(message)

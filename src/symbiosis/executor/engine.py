@@ -1,0 +1,192 @@
+"""The engine: takes exchanges in, asks the scheduler, computes batches, hands results out.
+
+Whoever calls `run_once` computes; a lock makes that one thread at a time, which owns the device
+meanwhile. With clients on sockets that is the server's thread; a client in the same process
+lends its own. Knows no sockets.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from symbiosis.errors import ConnectionLost, ExchangeFailed, InvalidInput, SymbiosisError
+from symbiosis.executor import batch, ops
+from symbiosis.executor.scheduler import Batch, Request, Scheduler
+from symbiosis.executor.stats import ClientStats, Stats
+from symbiosis.executor.weights import Weights
+from symbiosis.wire.exchange import Exchange, Result
+
+logger = logging.getLogger(__name__)
+
+Reply = Callable[[Result | SymbiosisError], None]
+"""Called exactly once per submitted exchange, by the thread that computed it."""
+
+_FAILURES = (RuntimeError, MemoryError, ValueError, IndexError, TypeError)
+
+
+class _Pending(NamedTuple):
+    exchange: Exchange
+    client: int
+    reply: Reply
+
+
+class Engine:
+    """Runs exchanges on the hosted weights. Every method may be called from any thread."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        scheduler: Scheduler,
+        *,
+        max_result_bytes: int = 1 << 30,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.weights = weights
+        self.clock = clock
+        self.stats = Stats(clock())
+        self._scheduler = scheduler
+        self._max_result_bytes = max_result_bytes
+        self._pending: dict[int, _Pending] = {}
+        self._request_ids = itertools.count(1)
+        self._client_ids = itertools.count(1)
+        self._queue_lock = threading.Lock()  # scheduler, pending, stats; held briefly
+        self._device_lock = threading.Lock()  # held while a batch is computed
+
+    @property
+    def policy(self) -> str:
+        return self._scheduler.policy
+
+    def add_client(self, name: str, transport: str, pid: int | None = None) -> int:
+        """A client has attached; its number for all that follows."""
+        with self._queue_lock:
+            client = next(self._client_ids)
+            self.stats.clients[client] = ClientStats(name, transport, pid)
+            self.stats.clients_seen += 1
+        return client
+
+    def remove_client(self, client: int) -> None:
+        """A client has gone: what it still waits for will not run, and its replies are told so."""
+        with self._queue_lock:
+            dropped = [self._pending.pop(id) for id in self._scheduler.remove_client(client)]
+            self.stats.clients.pop(client, None)
+        for pending in dropped:
+            pending.reply(ConnectionLost("the client left before this exchange ran"))
+
+    def admit(self, exchange: Exchange) -> ops.Plan:
+        """Check an exchange whose payload has not been read; raises what is wrong with it."""
+        plan = ops.check(exchange, self.weights)
+        if plan.result_bytes > self._max_result_bytes:
+            raise InvalidInput(
+                f"the result would take {plan.result_bytes} bytes; the limit is "
+                f"{self._max_result_bytes}: send fewer rows at a time"
+            )
+        return plan
+
+    def submit(self, client: int, exchange: Exchange, plan: ops.Plan, reply: Reply) -> None:
+        """Queue an admitted exchange with its tensors; ``reply`` will be called once."""
+        try:
+            ops.check_values(exchange, self.weights)
+        except InvalidInput as error:
+            self.refused(client)
+            reply(error)
+            return
+        with self._queue_lock:
+            number = next(self._request_ids)
+            self._pending[number] = _Pending(exchange, client, reply)
+            self._scheduler.submit(
+                Request(
+                    number,
+                    client,
+                    batch.key(exchange, plan.joinable, number),
+                    plan.rows,
+                    exchange.priority,
+                    self.clock(),
+                )
+            )
+
+    def refused(self, client: int) -> None:
+        """Count an exchange that was refused."""
+        with self._queue_lock:
+            if (stats := self.stats.clients.get(client)) is not None:
+                stats.refused += 1
+
+    def run_once(self) -> bool:
+        """Compute the next batch, if the scheduler has one to run now."""
+        with self._device_lock:
+            started_s = self.clock()
+            with self._queue_lock:
+                chosen = self._scheduler.next_batch(started_s)
+                if chosen is None:
+                    return False
+                pendings = [self._pending.pop(request.id) for request in chosen.requests]
+            results = self._compute([pending.exchange for pending in pendings])
+            now_s = self.clock()
+            outcomes = self._account(chosen, pendings, results, started_s, now_s)
+        for pending, outcome in zip(pendings, outcomes, strict=True):
+            pending.reply(outcome)
+        return True
+
+    def wait_s(self) -> float | None:
+        """Seconds until a held batch is released; None when nothing waits."""
+        now_s = self.clock()
+        with self._queue_lock:
+            wake_s = self._scheduler.wake_at(now_s)
+        return None if wake_s is None else max(0.0, wake_s - now_s)
+
+    def snapshot(self) -> dict[str, object]:
+        """The counters as plain JSON types."""
+        with self._queue_lock:
+            waiting = len(self._scheduler)
+        return {**self.stats.snapshot(self.clock()), "waiting": waiting, "policy": self.policy}
+
+    @torch.no_grad()
+    def _compute(
+        self, exchanges: list[Exchange]
+    ) -> list[tuple[torch.Tensor, ...] | SymbiosisError]:
+        """A batch that fails is tried again one by one: one client's failure stays its own."""
+        try:
+            return list(batch.compute(exchanges, self.weights))
+        except _FAILURES as error:
+            if len(exchanges) > 1:
+                return [self._compute([exchange])[0] for exchange in exchanges]
+            exchange = exchanges[0]
+            name = self.weights[exchange.weights[0]].names[0]
+            logger.warning("%s of %s on %s failed: %s", exchange.op.name.lower(), exchange.specs[0], name, error)
+            return [ExchangeFailed(f"{exchange.op.name.lower()} on {name} failed: {error}")]
+
+    def _account(
+        self,
+        chosen: Batch,
+        pendings: list[_Pending],
+        results: list[tuple[torch.Tensor, ...] | SymbiosisError],
+        started_s: float,
+        now_s: float,
+    ) -> list[Result | SymbiosisError]:
+        elapsed_s = now_s - started_s
+        size, rows = len(pendings), max(1, chosen.rows)
+        outcomes: list[Result | SymbiosisError] = []
+        with self._queue_lock:
+            self._scheduler.finished(chosen, now_s, elapsed_s)
+            self.stats.batch_ran(pendings[0].exchange.op, size, chosen.rows, now_s, elapsed_s)
+            for request, tensors in zip(chosen.requests, results, strict=True):
+                queue_s = started_s - request.arrived_s
+                stats = self.stats.clients.get(request.client)
+                if stats is not None:
+                    stats.exchanges += 1
+                    stats.rows += request.rows
+                    stats.batch_members += size
+                    stats.queue_s += queue_s
+                    stats.compute_s += elapsed_s * request.rows / rows
+                outcomes.append(
+                    tensors
+                    if isinstance(tensors, SymbiosisError)
+                    else Result(tensors, int(queue_s * 1e6), int(elapsed_s * 1e6), size)
+                )
+        return outcomes

@@ -1,0 +1,212 @@
+"""`Executor`: the hosted model as one object, in process or behind sockets.
+
+Puts weights, scheduler, engine and server together and answers what clients ask outside the
+data path. This is the executor's public face.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from symbiosis.errors import FetchRefused, ProtocolError, SymbiosisError
+from symbiosis.executor.engine import Engine
+from symbiosis.executor.scheduler import Policy, Scheduler
+from symbiosis.executor.server import Server
+from symbiosis.executor.weights import Weights
+from symbiosis.transport.inproc import InprocChannel
+from symbiosis.transport.sockets import Address
+from symbiosis.wire.exchange import Exchange, Result
+from symbiosis.wire.frames import VERSION, Json, Limits
+from symbiosis.wire.tensors import as_bytes, empty_payload
+
+logger = logging.getLogger(__name__)
+
+FetchPolicy = Literal["allow", "deny"]
+
+
+class Executor:
+    """One frozen base model, hosted once.
+
+    ``Executor.load(path)`` then ``listen([...])`` for clients in other processes; or give the
+    object itself to ``symbiosis.connect`` for clients in this one. Close it, or use it as a
+    context manager. Every method may be called from any thread.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        policy: Policy = "greedy",
+        training_share: float = 0.2,
+        fetch: FetchPolicy = "allow",
+        max_payload_bytes: int = 1 << 30,
+    ) -> None:
+        """``fetch`` says whether clients may read whole weights (DoRA, merging, ...)."""
+        self.weights = weights
+        self._fetch = fetch
+        self._limits = Limits(payload_bytes=max_payload_bytes)
+        self._engine = Engine(
+            weights,
+            Scheduler(policy, training_share=training_share),
+            max_result_bytes=max_payload_bytes,
+        )
+        self._server: Server | None = None
+        self._thread: threading.Thread | None = None
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        policy: Policy = "greedy",
+        training_share: float = 0.2,
+        fetch: FetchPolicy = "allow",
+    ) -> Executor:
+        """Load a local ``transformers`` folder or a hub id; raises ModelError."""
+        weights = Weights.load(model, dtype=dtype, device=device)
+        return cls(weights, policy=policy, training_share=training_share, fetch=fetch)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *, name: str = "in-memory model") -> Executor:
+        """Host a model that is already in memory; it must not be changed afterwards."""
+        return cls(Weights(model, name))
+
+    def listen(self, urls: Sequence[str]) -> list[str]:
+        """Serve ``urls`` from a thread of this process; the URLs with the ports really taken.
+
+        Raises ConnectionFailed if an address cannot be listened on.
+        """
+        if self._server is not None:
+            raise SymbiosisError("this executor listens already")
+        server = Server(self, self._engine, [Address.parse(url) for url in urls], self._limits)
+        self._server = server
+        self._thread = threading.Thread(target=server.run, name="symbiosis-executor", daemon=True)
+        self._thread.start()
+        return [str(address) for address in server.addresses]
+
+    def wait(self) -> None:
+        """Block until the server stops."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def close(self) -> None:
+        """Answer what is queued, tell the clients, stop listening; idempotent."""
+        if self._server is not None and self._thread is not None:
+            self._server.stop()
+            self._thread.join()
+            self._server = self._thread = None
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def open_channel(self, hello: Json) -> InprocChannel:
+        """A channel for a client in this process; `symbiosis.connect` calls it."""
+        return InprocChannel(self, hello)
+
+    # What a client asks outside the data path; the server and `InprocChannel` call these.
+
+    def attach(self, hello: Json, transport: str = "inproc") -> tuple[int, Json]:
+        """Take a client on. Raises ProtocolError if its HELLO is not one."""
+        if hello.get("protocol") != VERSION:
+            raise ProtocolError(
+                f"the client speaks protocol {hello.get('protocol')}, this executor {VERSION}: "
+                f"use the same release on both sides"
+            )
+        pid = hello.get("pid")
+        name = str(hello.get("client") or "client")[:64]
+        client = self._engine.add_client(name, transport, pid if isinstance(pid, int) else None)
+        return client, self._welcome(client)
+
+    def detach(self, client: int) -> None:
+        self._engine.remove_client(client)
+
+    def compute(self, client: int, exchange: Exchange) -> Result | SymbiosisError:
+        """Run one exchange with the caller's thread; see `InprocChannel`."""
+        answer: list[Result | SymbiosisError] = []
+        try:
+            plan = self._engine.admit(exchange)
+        except SymbiosisError as error:
+            self._engine.refused(client)
+            return error
+        self._engine.submit(client, exchange, plan, answer.append)
+        while not answer:
+            if not self._engine.run_once() and not answer:
+                time.sleep(min(self._engine.wait_s() or 0.0, 0.001))
+        return answer[0]
+
+    def answer(self, client: int, question: Json) -> tuple[Json, torch.Tensor]:
+        """The answer to a REQUEST. Raises FetchRefused, UnknownWeight, ProtocolError."""
+        match question.get("get"):
+            case "stats":
+                return {**self.describe(), **self._engine.snapshot()}, empty_payload(0)
+            case "files":
+                files = self.weights.files
+                sizes: Json = {"files": {name: len(data) for name, data in files.items()}}
+                return sizes, _payload(b"".join(files.values()))
+            case "parameters":
+                return {}, _payload(self.weights.shipped_bytes())
+            case "weight":
+                return self._whole_weight(client, question.get("id"), str(question.get("why")))
+        raise ProtocolError(f"unknown request {str(question.get('get'))[:64]!r}")
+
+    def describe(self) -> Json:
+        """The hosted model in a few facts."""
+        weights = self.weights
+        return {
+            "model": weights.name,
+            "architecture": weights.architecture,
+            "dtype": str(weights.dtype).removeprefix("torch."),
+            "device": str(weights.device),
+            "parameters": weights.num_parameters,
+            "bytes": weights.num_bytes,
+            "pid": os.getpid(),
+        }
+
+    def _whole_weight(self, client: int, number: object, why: str) -> tuple[Json, torch.Tensor]:
+        hosted = self.weights[number if isinstance(number, int) else -1]
+        name = hosted.names[0]
+        if self._fetch == "deny":
+            raise FetchRefused(
+                f"{why[:200]} needs the whole of {name}, and this executor does not hand out "
+                f"weights; choose a method that does not read them, or ask the operator to serve "
+                f"with --fetch allow"
+            )
+        stats = self._engine.stats.clients.get(client)
+        if stats is not None:
+            stats.fetches += 1
+        logger.info("client %d fetches %s for %s", client, name, why[:200])
+        data = hosted.tensor.cpu().contiguous()
+        return {"dtype": str(data.dtype).removeprefix("torch.")}, data.reshape(-1).view(torch.uint8)
+
+    def _welcome(self, client: int) -> Json:
+        weights = self.weights
+        return {
+            **self.describe(),
+            "protocol": VERSION,
+            "session": client,
+            "weights": [
+                {"id": w.id, "names": list(w.names), "shape": list(w.tensor.shape)} for w in weights
+            ],
+            "biases": weights.bias_ids,
+            "fetch": self._fetch,
+            "max_payload_bytes": self._limits.payload_bytes,
+        }
+
+
+def _payload(data: bytes) -> torch.Tensor:
+    payload = empty_payload(len(data))
+    as_bytes(payload)[:] = data
+    return payload

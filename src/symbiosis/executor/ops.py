@@ -1,0 +1,212 @@
+"""The closed list of operations: what each accepts and how it is computed.
+
+`check` looks at shapes and dtypes only, so that a bad exchange is refused before memory is
+allocated for it; `run` computes. What is not here, the executor does not do. Knows tensors;
+knows nothing of clients, queues or sockets.
+
+Shapes: T rows, I in, O out, E experts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from symbiosis.errors import InvalidInput, ProtocolError
+from symbiosis.executor.weights import Weights
+from symbiosis.wire.exchange import NO_BIAS, Exchange, Op
+from symbiosis.wire.tensors import ITEM_BYTES
+
+_INTEGERS = (torch.int64, torch.int32)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Plan(NamedTuple):
+    """What `check` found out about an exchange."""
+
+    rows: int
+    result_bytes: int
+    joinable: bool  # may be computed together with others on the same weight
+
+
+def check(exchange: Exchange, weights: Weights) -> Plan:
+    """Validate ``exchange`` against the model's table, without its payload.
+
+    Raises UnknownWeight, InvalidInput, ProtocolError (malformed recipe or parameters).
+    """
+    views = [weights.view(weight, exchange.recipe) for weight in exchange.weights]
+    for bias, view in zip(exchange.biases, views, strict=True):
+        if bias != NO_BIAS:
+            _check_bias(exchange, weights, bias, view)
+    _check_tensors(exchange)
+    shapes = [_result_shape(exchange, view) for view in views]
+    spec = exchange.specs[0]
+    item = ITEM_BYTES[weights.dtype if exchange.op is Op.EMBEDDING else spec.dtype]
+    joinable = exchange.op in (Op.LINEAR, Op.MATMUL, Op.EMBEDDING)
+    rows = math.prod(spec.shape if exchange.op is Op.EMBEDDING else spec.shape[:-1])
+    return Plan(rows, sum(item * math.prod(shape) for shape in shapes), joinable)
+
+
+def run(exchange: Exchange, weights: Weights, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Compute ``exchange`` on ``inputs`` (its own tensors, or several clients' rows joined).
+
+    One tensor per weight, in the input's dtype (the weight's for an embedding), contiguous.
+    """
+    return [
+        _run_one(exchange, weights.view(weight, exchange.recipe), _bias(weights, bias), inputs)
+        for weight, bias in zip(exchange.weights, exchange.biases, strict=True)
+    ]
+
+
+def check_values(exchange: Exchange, weights: Weights) -> None:
+    """Values that would make a kernel read out of bounds; raises InvalidInput."""
+    if exchange.op is Op.EMBEDDING:
+        size = weights.view(exchange.weights[0], exchange.recipe).shape[0]
+        ids = exchange.tensors[0]
+        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
+            raise InvalidInput(
+                f"token id {_offender(ids, size)} is outside the embedding's {size} rows"
+            )
+    elif exchange.op is Op.GROUPED_MATMUL:
+        rows = exchange.specs[0].shape[0]
+        offsets = exchange.tensors[1].tolist()
+        if any(a > b for a, b in zip([0, *offsets], [*offsets, rows], strict=True)):
+            raise InvalidInput(f"expert offsets {offsets} do not rise from 0 to {rows} rows")
+
+
+def _offender(ids: torch.Tensor, size: int) -> int:
+    return int(ids[(ids < 0) | (ids >= size)][0])
+
+
+def _bias(weights: Weights, bias: int) -> torch.Tensor | None:
+    return None if bias == NO_BIAS else weights.bias(bias)
+
+
+def _check_bias(exchange: Exchange, weights: Weights, bias: int, view: torch.Tensor) -> None:
+    if exchange.op not in (Op.LINEAR, Op.MATMUL, Op.CONVOLUTION):
+        raise InvalidInput(f"{exchange.op.name.lower()} takes no bias")
+    size = view.shape[1 if exchange.op is Op.MATMUL and view.dim() == 2 else 0]
+    if exchange.op is not Op.CONVOLUTION and weights.bias(bias).shape[0] != size:
+        raise InvalidInput(f"bias {bias} does not fit a weight of shape {list(view.shape)}")
+
+
+def _check_tensors(exchange: Exchange) -> None:
+    expected = 2 if exchange.op is Op.GROUPED_MATMUL else 1
+    if len(exchange.specs) != expected:
+        raise InvalidInput(
+            f"{exchange.op.name.lower()} takes {expected} tensors, not {len(exchange.specs)}"
+        )
+    allowed = _INTEGERS if exchange.op is Op.EMBEDDING else _FLOATS
+    if exchange.specs[0].dtype not in allowed:
+        raise InvalidInput(
+            f"{exchange.op.name.lower()} takes {' or '.join(str(d) for d in allowed)}, "
+            f"not {exchange.specs[0].dtype}"
+        )
+    if expected == 2 and exchange.specs[1].dtype is not torch.int32:
+        raise InvalidInput(f"expert offsets must be int32, not {exchange.specs[1].dtype}")
+
+
+def _result_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...]:
+    x, w = exchange.specs[0], tuple(view.shape)
+    match exchange.op:
+        case Op.LINEAR if len(w) == 2 and x.shape[-1:] == (w[1],):
+            return (*x.shape[:-1], w[0])
+        case Op.MATMUL if len(w) == 2 and x.shape[-1:] == (w[0],):
+            return (*x.shape[:-1], w[1])
+        case Op.BATCHED_MATMUL if len(w) == 3 == len(x.shape) and (
+            (x.shape[0], x.shape[2]) == w[:2]
+        ):
+            return (*x.shape[:2], w[2])
+        case Op.GROUPED_MATMUL if len(w) == 3 and len(x.shape) == 2 and x.shape[1] == w[1]:
+            if exchange.specs[1].shape == (w[0],):
+                return (x.shape[0], w[2])
+        case Op.EMBEDDING if len(w) == 2:
+            return (*x.shape, w[1])
+        case Op.CONVOLUTION | Op.CONVOLUTION_INPUT_GRAD:
+            return _convolution_shape(exchange, view)
+    raise InvalidInput(
+        f"{exchange.op.name.lower()} of input {x} does not fit a weight of shape {list(w)}"
+    )
+
+
+class ConvolutionParams(NamedTuple):
+    """``torch.convolution``'s arguments for n spatial dimensions. On the wire: n, stride × n,
+    padding × n, dilation × n, transposed, output_padding × n, groups."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    transposed: bool
+    output_padding: list[int]
+    groups: int
+
+
+def _convolution_params(params: tuple[int, ...]) -> tuple[ConvolutionParams, tuple[int, ...]]:
+    """The parameters, and what follows them (an input gradient's input shape)."""
+    n = params[0] if params else 0
+    if not 1 <= n <= 3 or len(params) < 4 * n + 3:
+        raise ProtocolError("a convolution's parameters are malformed")
+    rows = [list(params[1 + i * n : 1 + (i + 1) * n]) for i in range(3)]
+    transposed = bool(params[1 + 3 * n])
+    output_padding = list(params[2 + 3 * n : 2 + 4 * n])
+    groups = params[2 + 4 * n]
+    return ConvolutionParams(*rows, transposed, output_padding, groups), params[3 + 4 * n :]
+
+
+def _convolution_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...]:
+    """torch's own shape rules, on the meta device: nothing is computed or allocated."""
+    x, w = exchange.specs[0], view.to("meta")
+    params, input_shape = _convolution_params(exchange.params)
+    try:
+        if exchange.op is Op.CONVOLUTION:
+            return tuple(_convolution(torch.empty(x.shape, device="meta", dtype=w.dtype), w, None, params).shape)
+        out = _convolution(torch.empty(input_shape, device="meta", dtype=w.dtype), w, None, params)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InvalidInput(f"convolution of input {x}: {error}") from None
+    if tuple(out.shape) != x.shape:
+        raise InvalidInput(f"a gradient of shape {list(x.shape)} for an output {list(out.shape)}")
+    return input_shape
+
+
+def _convolution(
+    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, params: ConvolutionParams
+) -> torch.Tensor:
+    return torch.convolution(x, w, bias, *params)
+
+
+def _convolution_input_grad(dy: torch.Tensor, w: torch.Tensor, params: tuple[int, ...]) -> torch.Tensor:
+    conv, input_shape = _convolution_params(params)
+    no_input = dy.new_empty(()).expand(input_shape)
+    grads = torch.ops.aten.convolution_backward(
+        dy, no_input, w, None, *conv, [True, False, False]
+    )
+    return grads[0]  # type: ignore[no-any-return]
+
+
+def _run_one(
+    exchange: Exchange, w: torch.Tensor, bias: torch.Tensor | None, inputs: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
+    x = inputs[0].to(w.device, non_blocking=True)
+    if exchange.op is Op.EMBEDDING:
+        return F.embedding(x, w)
+    dtype = x.dtype
+    x = x.to(w.dtype)
+    match exchange.op:
+        case Op.LINEAR:
+            y = F.linear(x, w, bias)
+        case Op.MATMUL if bias is None:
+            y = torch.matmul(x, w)
+        case Op.MATMUL:
+            y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], w.shape[1])
+        case Op.BATCHED_MATMUL:
+            y = torch.bmm(x, w)
+        case Op.GROUPED_MATMUL:
+            y = F.grouped_mm(x, w, offs=inputs[1].to(w.device))
+        case Op.CONVOLUTION:
+            y = _convolution(x, w, bias, _convolution_params(exchange.params)[0])
+        case Op.CONVOLUTION_INPUT_GRAD:
+            y = _convolution_input_grad(x, w, exchange.params)
+    return y.to(dtype).contiguous()

@@ -1,0 +1,336 @@
+"""The server: one thread that reads frames, runs batches and writes answers.
+
+A single loop instead of a reader thread per client: an exchange of a few kilobytes costs two
+system calls and no hand-off between threads. Everything that blocks is a `select`. Knows
+sockets and frames; what an exchange means is the engine's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import threading
+from collections import deque
+from typing import Protocol
+
+import torch
+
+from symbiosis.errors import ConnectionLost, ProtocolError, SymbiosisError
+from symbiosis.executor.engine import Engine
+from symbiosis.executor.ops import Plan
+from symbiosis.transport.sockets import Address, exchange_parts, listen, tune
+from symbiosis.wire.exchange import Exchange, Result, pack_result, unpack_exchange
+from symbiosis.wire.frames import (
+    Frame,
+    FrameReader,
+    Json,
+    Kind,
+    Limits,
+    Rejected,
+    error_frame,
+    json_frame,
+)
+from symbiosis.wire.tensors import as_bytes, from_payload, offsets, spec_of
+
+logger = logging.getLogger(__name__)
+
+MAX_IN_FLIGHT = 16
+"""Exchanges of one connection that may wait at once; beyond it, or while answers
+are not taken, the connection is not read: that is the back-pressure."""
+
+
+class Desk(Protocol):
+    """Who answers what is asked outside the data path: the `Executor`."""
+
+    def attach(self, hello: Json, transport: str) -> tuple[int, Json]: ...
+
+    def detach(self, client: int) -> None: ...
+
+    def answer(self, client: int, question: Json) -> tuple[Json, torch.Tensor]: ...
+
+
+class Server:
+    """Listens on several addresses and serves them from the thread that calls `run`."""
+
+    def __init__(
+        self, desk: Desk, engine: Engine, addresses: list[Address], limits: Limits
+    ) -> None:
+        """Starts listening; raises ConnectionFailed."""
+        self.desk = desk
+        self.engine = engine
+        self.limits = limits
+        self._selector = selectors.DefaultSelector()
+        self._listeners: list[socket.socket] = []
+        self.addresses: list[Address] = []
+        self._connections: set[_Connection] = set()
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._from_other_threads: deque[tuple[_Connection, int, Result | SymbiosisError]] = deque()
+        self._stopping = False
+        self._thread = threading.get_ident()
+        try:
+            for address in addresses:
+                listener, taken = listen(address)
+                listener.setblocking(False)
+                self._selector.register(listener, selectors.EVENT_READ)
+                self._listeners.append(listener)
+                self.addresses.append(taken)
+        except BaseException:
+            self._close_all()
+            raise
+
+    def run(self) -> None:
+        """Serve until `stop`; then answer what is queued and close."""
+        self._thread = threading.get_ident()
+        try:
+            while not self._stopping:
+                self._poll(self.engine.wait_s())
+                while self.engine.run_once():
+                    self._poll(0)
+            while self.engine.run_once():
+                pass
+        finally:
+            self._close_all()
+
+    def stop(self) -> None:
+        """Ask `run` to finish; from any thread."""
+        self._stopping = True
+        self._waker.send(b"\0")
+
+    def reply(self, connection: _Connection, request: int, outcome: Result | SymbiosisError) -> None:
+        """Send an answer; from any thread."""
+        if threading.get_ident() == self._thread:
+            connection.answer(request, outcome)
+        else:
+            self._from_other_threads.append((connection, request, outcome))
+            self._waker.send(b"\0")
+
+    def closed(self, connection: _Connection) -> None:
+        """A connection has ended: release what it held."""
+        self._connections.discard(connection)
+
+    def watch(self, connection: _Connection, events: int) -> None:
+        """Wait for ``events`` on a connection; 0 for none."""
+        registered = connection.socket in self._selector.get_map()
+        if not events and registered:
+            self._selector.unregister(connection.socket)
+        elif events and registered:
+            self._selector.modify(connection.socket, events, connection)
+        elif events:
+            self._selector.register(connection.socket, events, connection)
+
+    def _poll(self, timeout_s: float | None) -> None:
+        for key, events in self._selector.select(timeout_s):
+            if isinstance(key.data, _Connection):
+                key.data.ready(events)
+            elif key.fileobj is self._woken:
+                self._drain_waker()
+            else:
+                self._accept(key.fileobj)  # type: ignore[arg-type]
+        while self._from_other_threads:
+            connection, request, outcome = self._from_other_threads.popleft()
+            connection.answer(request, outcome)
+
+    def _drain_waker(self) -> None:
+        try:
+            while self._woken.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            accepted, _ = listener.accept()
+        except OSError as error:  # the peer gave up, or no descriptors are left
+            logger.warning("could not accept a connection: %s", error)
+            return
+        accepted.setblocking(False)
+        tune(accepted)
+        transport = "unix" if accepted.family == socket.AF_UNIX else "tcp"
+        connection = _Connection(self, accepted, transport)
+        self._connections.add(connection)
+        self.watch(connection, selectors.EVENT_READ)
+
+    def _close_all(self) -> None:
+        for connection in list(self._connections):
+            connection.fail(ConnectionLost("the executor is shutting down"))
+        for listener, address in zip(self._listeners, self.addresses, strict=True):
+            listener.close()
+            if address.path is not None and os.path.exists(address.path):
+                os.unlink(address.path)
+        self._selector.close()
+        self._woken.close()
+        self._waker.close()
+
+
+class _Connection:
+    """One client's socket: its frames in, its answers out."""
+
+    def __init__(self, server: Server, accepted: socket.socket, transport: str) -> None:
+        self.socket = accepted
+        self._server = server
+        self._transport = transport
+        self._reader = FrameReader(server.limits, self._admit)
+        self._client: int | None = None
+        self._outbox: deque[memoryview] = deque()
+        self._in_flight = 0
+        self._events = selectors.EVENT_READ
+        self._closed = False
+
+    def ready(self, events: int) -> None:
+        """The socket can be read, or written again."""
+        try:
+            if events & selectors.EVENT_WRITE:
+                self._flush()
+            if events & selectors.EVENT_READ and not self._closed:
+                self._read()
+        except ProtocolError as error:
+            logger.warning("client %s broke the protocol: %s", self._client, error)
+            self.fail(error)
+        except OSError:  # reset by the peer
+            self.close()
+
+    def answer(self, request: int, outcome: Result | SymbiosisError) -> None:
+        """An exchange has been computed or refused."""
+        if self._closed:
+            return
+        self._in_flight -= 1
+        if isinstance(outcome, SymbiosisError):
+            self._send([error_frame(request, outcome)])
+        else:
+            tensors = tuple(tensor.cpu() for tensor in outcome.tensors)
+            specs = tuple(spec_of(tensor) for tensor in tensors)
+            meta = pack_result(outcome)
+            parts = exchange_parts(Kind.RESULT, request, meta, specs, tensors)
+            self._count(bytes_out=sum(map(len, parts)))
+            self._send(parts)
+        self._update_events()
+
+    def fail(self, error: SymbiosisError) -> None:
+        """Tell the client why, as far as that is possible at once, and close."""
+        if not self._closed:
+            self._send([error_frame(0, error)])
+        self.close()
+
+    def close(self) -> None:
+        """Forget the client and everything that waits for it; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._server.watch(self, 0)
+        self.socket.close()
+        self._outbox.clear()
+        self._server.closed(self)
+        if self._client is not None:
+            self._server.desk.detach(self._client)
+
+    def _read(self) -> None:
+        try:
+            received = self.socket.recv_into(self._reader.buffer())
+        except BlockingIOError:
+            return
+        if not received:
+            self.close()
+            return
+        for frame in self._reader.advance(received):
+            if isinstance(frame, Rejected):
+                self._refuse(frame)
+            else:
+                self._handle(frame)
+        self._update_events()
+
+    def _admit(self, kind: Kind, meta: bytes, payload_bytes: int) -> object:
+        """Before memory is allocated: does the exchange fit the model's table?"""
+        if (kind is Kind.HELLO) != (self._client is None):
+            raise ProtocolError(f"unexpected {kind.name} frame: HELLO comes first, and once")
+        if kind is Kind.EXCHANGE:
+            exchange = unpack_exchange(meta)
+            if offsets(exchange.specs)[1] != payload_bytes:
+                raise ProtocolError("an exchange's payload does not fit its description")
+            return exchange, self._server.engine.admit(exchange)
+        if payload_bytes or kind not in (Kind.HELLO, Kind.REQUEST):
+            raise ProtocolError(f"a client may not send a {kind.name} frame like this")
+        return None
+
+    def _refuse(self, rejected: Rejected) -> None:
+        assert self._client is not None
+        self._server.engine.refused(self._client)
+        self._send([error_frame(rejected.request, rejected.error)])
+
+    def _handle(self, frame: Frame) -> None:
+        if frame.kind is Kind.EXCHANGE:
+            assert isinstance(frame.admitted, tuple)
+            self._exchange(frame, *frame.admitted)
+        elif frame.kind is Kind.HELLO:
+            self._client, welcome = self._server.desk.attach(frame.json(), self._transport)
+            self._send([json_frame(Kind.WELCOME, 0, welcome)])
+        else:
+            self._request(frame)
+
+    def _exchange(self, frame: Frame, exchange: Exchange, plan: Plan) -> None:
+        assert self._client is not None
+        self._in_flight += 1
+        self._count(bytes_in=len(frame.meta) + len(frame.payload))
+        self._server.engine.submit(
+            self._client,
+            exchange._replace(tensors=from_payload(frame.payload, exchange.specs)),
+            plan,
+            lambda outcome: self._server.reply(self, frame.request, outcome),
+        )
+
+    def _request(self, frame: Frame) -> None:
+        assert self._client is not None
+        try:
+            answer, payload = self._server.desk.answer(self._client, frame.json())
+        except SymbiosisError as error:
+            self._send([error_frame(frame.request, error)])
+            return
+        head = json_frame(Kind.REPLY, frame.request, answer, len(payload))
+        self._send([head, as_bytes(payload)])
+
+    def _count(self, bytes_in: int = 0, bytes_out: int = 0) -> None:
+        stats = self._server.engine.stats.clients.get(self._client or 0)
+        if stats is not None:
+            stats.bytes_in += bytes_in
+            stats.bytes_out += bytes_out
+
+    def _send(self, parts: list[bytes | memoryview]) -> None:
+        if self._outbox:
+            self._outbox.extend(map(memoryview, parts))
+            return
+        try:
+            sent = self.socket.sendmsg(parts)
+        except BlockingIOError:
+            sent = 0
+        except OSError:  # the peer has gone; the next read says so
+            sent = sum(map(len, parts))
+        for part in parts:
+            if sent < len(part):
+                self._outbox.append(memoryview(part)[sent:])
+            sent = max(0, sent - len(part))
+        if self._outbox:
+            self._update_events()
+
+    def _flush(self) -> None:
+        while self._outbox:
+            try:
+                sent = self.socket.send(self._outbox[0])
+            except BlockingIOError:
+                break
+            if sent == len(self._outbox[0]):
+                self._outbox.popleft()
+            else:
+                self._outbox[0] = self._outbox[0][sent:]
+        self._update_events()
+
+    def _update_events(self) -> None:
+        if self._closed:
+            return
+        busy = self._in_flight >= MAX_IN_FLIGHT
+        events = selectors.EVENT_WRITE if self._outbox else 0 if busy else selectors.EVENT_READ
+        if events != self._events:
+            self._events = events
+            self._server.watch(self, events)

@@ -1,0 +1,111 @@
+"""What an executor has done: counters, rates over the last seconds, memory. Shapes and ids only,
+never payloads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+from symbiosis.wire.exchange import Op
+
+_WINDOW_S = 5
+
+
+@dataclasses.dataclass(slots=True)
+class ClientStats:
+    """One client's session so far; times in seconds, summed over exchanges."""
+
+    name: str
+    transport: str
+    pid: int | None = None
+    exchanges: int = 0
+    rows: int = 0
+    batch_members: int = 0  # sum of the sizes of the batches its exchanges ran in
+    queue_s: float = 0.0
+    compute_s: float = 0.0  # its share, by rows, of the batches it was in
+    bytes_in: int = 0
+    bytes_out: int = 0
+    refused: int = 0
+    fetches: int = 0
+
+    @property
+    def mean_batch(self) -> float:
+        return self.batch_members / self.exchanges if self.exchanges else 0.0
+
+    @property
+    def mean_queue_ms(self) -> float:
+        return 1e3 * self.queue_s / self.exchanges if self.exchanges else 0.0
+
+    def snapshot(self) -> dict[str, object]:
+        fields = dataclasses.asdict(self)
+        return {**fields, "mean_batch": self.mean_batch, "mean_queue_ms": self.mean_queue_ms}
+
+
+class RateMeter:
+    """Events per second over the last few whole seconds."""
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, int] = {}
+
+    def add(self, now_s: float, count: int = 1) -> None:
+        second = int(now_s)
+        if second not in self._buckets:
+            self._buckets = {s: n for s, n in self._buckets.items() if s >= second - _WINDOW_S}
+            self._buckets[second] = 0
+        self._buckets[second] += count
+
+    def rate(self, now_s: float) -> float:
+        second = int(now_s)
+        return sum(self._buckets.get(s, 0) for s in range(second - _WINDOW_S, second)) / _WINDOW_S
+
+
+class Stats:
+    """The executor's counters. Written under the engine's lock; a snapshot may be a little torn."""
+
+    def __init__(self, started_s: float) -> None:
+        self.started_s = started_s
+        self.clients: dict[int, ClientStats] = {}
+        self.batches: Counter[int] = Counter()  # batch size → how many
+        self.operations: Counter[Op] = Counter()
+        self.exchanges = 0
+        self.exchange_rate = RateMeter()
+        self.row_rate = RateMeter()
+        self.compute_s = 0.0
+        self.clients_seen = 0
+
+    def batch_ran(self, op: Op, size: int, rows: int, now_s: float, compute_s: float) -> None:
+        self.exchanges += size
+        self.batches[size] += 1
+        self.operations[op] += size
+        self.compute_s += compute_s
+        self.exchange_rate.add(now_s, size)
+        self.row_rate.add(now_s, rows)
+
+    def snapshot(self, now_s: float) -> dict[str, object]:
+        """Plain JSON types."""
+        return {
+            "uptime_s": now_s - self.started_s,
+            "clients": {
+                str(id): client.snapshot() for id, client in list(self.clients.items())
+            },
+            "clients_seen": self.clients_seen,
+            "exchanges": self.exchanges,
+            "exchanges_per_s": self.exchange_rate.rate(now_s),
+            "rows_per_s": self.row_rate.rate(now_s),
+            "batch_sizes": {str(size): count for size, count in sorted(self.batches.items())},
+            "operations": {op.name.lower(): count for op, count in self.operations.items()},
+            "compute_s": self.compute_s,
+            "memory_bytes": resident_bytes(),
+        }
+
+
+def resident_bytes() -> int:
+    """This process's proportional set size (shared pages counted in part); 0 where unknown."""
+    try:
+        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

@@ -1,0 +1,228 @@
+"""The frozen weights: loaded once, looked at through view recipes, never changed.
+
+Decides which parameters are *hosted* (they stay here, products with them are exchanges) and
+which are *shipped* (norms, biases and other small parameters, and all buffers: a client that
+attaches receives them). Knows nothing of connections or scheduling.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
+
+from symbiosis.errors import InvalidInput, ModelError, UnknownWeight
+from symbiosis.wire.tensors import ALIGNMENT
+from symbiosis.wire.views import Recipe, look
+
+logger = logging.getLogger(__name__)
+
+LARGE = 1 << 20
+"""A parameter of two or more dimensions and this many elements is hosted whoever owns it."""
+
+_PRODUCT_MODULES = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, Conv1D)
+
+_CLIENT_FILES = (
+    "*config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template*",
+)
+"""What a client needs beside the weights: configuration and tokenizer, never weights or code."""
+
+
+@dataclass(frozen=True)
+class HostedWeight:
+    """One frozen weight; tied parameters are one weight with several names."""
+
+    id: int
+    names: tuple[str, ...]
+    tensor: torch.Tensor
+
+
+class Weights:
+    """The table of hosted weights, and everything else of a model that a client is given.
+
+    Build it with `load` or from a model in memory; afterwards it is read-only and safe to share
+    between threads.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str, folder: Path | None = None) -> None:
+        """Take over the parameters of ``model``; ``folder`` holds its configuration and
+        tokenizer files (written from the model when there is none)."""
+        self.name = name
+        self.architecture = type(model).__name__
+        self._views: dict[tuple[int, Recipe], torch.Tensor] = {}
+        self._hosted: dict[int, HostedWeight] = {}
+        self._biases: dict[int, torch.Tensor] = {}
+        self.bias_ids: dict[str, int] = {}
+        self.shipped: dict[str, torch.Tensor] = {}
+        self._take(model)
+        self.dtype = next(iter(self._hosted.values())).tensor.dtype
+        self.device = next(iter(self._hosted.values())).tensor.device
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.files = _read_files(folder) if folder else _written_files(model)
+
+    @classmethod
+    def load(
+        cls, model: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
+    ) -> Weights:
+        """Load a local ``transformers`` folder or a hub id, safetensors only, no remote code.
+
+        ``dtype`` None keeps what the configuration says. Raises ModelError with the reason.
+        """
+        started = time.monotonic()
+        try:
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+            loaded = _model_class(config).from_pretrained(
+                model,
+                config=config,
+                dtype=dtype or "auto",
+                trust_remote_code=False,
+                use_safetensors=True,
+            ).to(device)
+            config_file = cached_file(model, "config.json")
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            raise ModelError(f"cannot host {model!r}: {error}") from error
+        weights = cls(loaded.eval(), model, Path(str(config_file)).parent)
+        logger.info("loaded %s in %.1f s", model, time.monotonic() - started)
+        return weights
+
+    def __iter__(self) -> Iterator[HostedWeight]:
+        return iter(self._hosted.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the hosted weights."""
+        return sum(w.tensor.numel() * w.tensor.element_size() for w in self)
+
+    def __getitem__(self, weight_id: int) -> HostedWeight:
+        """Raises UnknownWeight."""
+        try:
+            return self._hosted[weight_id]
+        except KeyError:
+            raise UnknownWeight(
+                f"weight {weight_id} is not hosted here; {self.name} has weights 1 to "
+                f"{len(self._hosted)}"
+            ) from None
+
+    def bias(self, bias_id: int) -> torch.Tensor:
+        """A frozen bias by its id, shape (O,); raises UnknownWeight."""
+        try:
+            return self._biases[bias_id]
+        except KeyError:
+            raise UnknownWeight(f"bias {bias_id} is not hosted here") from None
+
+    def view(self, weight_id: int, recipe: Recipe) -> torch.Tensor:
+        """The weight as the recipe looks at it; raises UnknownWeight, InvalidInput."""
+        if not recipe:
+            return self[weight_id].tensor
+        key = (weight_id, recipe)
+        found = self._views.get(key)
+        if found is None:
+            hosted = self[weight_id]
+            found = _looked_at(hosted, recipe)
+            if found.untyped_storage().data_ptr() == hosted.tensor.untyped_storage().data_ptr():
+                if len(self._views) > 65536:
+                    self._views.clear()
+                self._views[key] = found
+        return found
+
+    def shipped_bytes(self) -> bytes:
+        """Shipped parameters and buffers as one safetensors file."""
+        return save({name: tensor.cpu() for name, tensor in self.shipped.items()})
+
+    def _take(self, model: PreTrainedModel) -> None:
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        for path, module in model.named_modules():
+            for name, tensor in _tensors_of(module):
+                full = f"{path}.{name}" if path else name
+                known = names.get(id(tensor))
+                if known is not None and _is_hosted(module, tensor):
+                    if known[0] == full:
+                        self._host(tuple(known), tensor)
+                else:
+                    self._ship(full, tensor)
+
+    def _host(self, names: tuple[str, ...], tensor: torch.Tensor) -> None:
+        data = tensor.detach()
+        if data.data_ptr() % ALIGNMENT or not data.is_contiguous():
+            data = data.clone(memory_format=torch.contiguous_format)
+        number = len(self._hosted) + 1
+        self._hosted[number] = HostedWeight(number, names, data)
+
+    def _ship(self, name: str, tensor: torch.Tensor) -> None:
+        data = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self.shipped[name] = data
+        if data.dim() == 1 and name.rsplit(".", 1)[-1] == "bias":
+            number = len(self._biases) + 1
+            self._biases[number] = data
+            self.bias_ids[name] = number
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, buffers and plain tensor attributes of one module, without its children."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield name, parameter
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            yield name, buffer
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+
+
+def _is_hosted(module: nn.Module, parameter: torch.Tensor) -> bool:
+    if parameter.dim() < 2 or not parameter.is_floating_point():
+        return False
+    experts = parameter.dim() == 3 and parameter.shape[0] > 1
+    return isinstance(module, _PRODUCT_MODULES) or experts or parameter.numel() >= LARGE
+
+
+def _looked_at(hosted: HostedWeight, recipe: Recipe) -> torch.Tensor:
+    try:
+        return look(hosted.tensor, recipe)
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise InvalidInput(f"{hosted.names[0]} cannot be looked at that way: {error}") from None
+
+
+def _model_class(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that the configuration names, else the causal LM for its model type."""
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+    return AutoModelForCausalLM  # type: ignore[return-value]
+
+
+def _read_files(folder: Path) -> dict[str, bytes]:
+    found = {path.name: path for pattern in _CLIENT_FILES for path in folder.glob(pattern)}
+    return {name: path.read_bytes() for name, path in sorted(found.items()) if path.is_file()}
+
+
+def _written_files(model: PreTrainedModel) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        return _read_files(Path(folder))

@@ -1,0 +1,258 @@
+"""UNIX and TCP sockets: addresses, listening, and the client's blocking channel.
+
+Payload bytes go from the tensor's memory to the kernel and from there into the result's memory;
+nothing is pickled and nothing else is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from collections import deque
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import torch
+
+from symbiosis.errors import (
+    ConnectionFailed,
+    ConnectionLost,
+    ProtocolError,
+    SymbiosisError,
+    from_code,
+)
+from symbiosis.wire.exchange import Exchange, Result, pack_exchange, unpack_result
+from symbiosis.wire.frames import (
+    Frame,
+    FrameReader,
+    Json,
+    Kind,
+    Limits,
+    Rejected,
+    json_frame,
+    pack_header,
+)
+from symbiosis.wire.tensors import ALIGNMENT, TensorSpec, as_bytes, from_payload, offsets
+
+DEFAULT_TCP_PORT = 7420
+_BUFFER_BYTES = 4 << 20
+_CLIENT_LIMITS = Limits(meta_bytes=256 << 20, payload_bytes=1 << 40)
+_PADDING = bytes(ALIGNMENT)
+
+
+@dataclass(frozen=True)
+class Address:
+    """``unix:///path/to.sock`` or ``tcp://host:port``."""
+
+    path: str | None
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Raises ConnectionFailed with the accepted forms."""
+        parts = urlsplit(url)
+        try:
+            if parts.scheme == "unix" and parts.path and not parts.netloc:
+                return cls(parts.path, "", 0)
+            if parts.scheme == "tcp" and parts.hostname:
+                port = DEFAULT_TCP_PORT if parts.port is None else parts.port
+                return cls(None, parts.hostname, port)
+        except ValueError:  # a port that is no number
+            pass
+        raise ConnectionFailed(f"{url!r} is no address; write unix:///path.sock or tcp://host:port")
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return f"unix://{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp://{host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """True if no other machine can reach it."""
+        return self.path is not None or self.host in ("localhost", "::1") or (
+            self.host.startswith("127.")
+        )
+
+
+def listen(address: Address) -> tuple[socket.socket, Address]:
+    """A listening socket, and its address with the port that was given if port 0 was asked for.
+
+    A UNIX socket that nobody answers on any more is replaced; a live one is not. Raises
+    ConnectionFailed if the address is in use or not allowed.
+    """
+    try:
+        if address.path is not None:
+            return _listen_unix(address.path), address
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        listener = socket.create_server((address.host, address.port), family=family, backlog=256)
+        return listener, Address(None, address.host, listener.getsockname()[1])
+    except OSError as error:
+        raise ConnectionFailed(f"cannot listen on {address}: {error.strerror or error}") from None
+
+
+def _listen_unix(path: str) -> socket.socket:
+    if os.path.exists(path):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise ConnectionFailed(f"cannot listen on unix://{path}: the path is not a socket")
+        with socket.socket(socket.AF_UNIX) as probe:
+            if probe.connect_ex(path) == 0:
+                raise ConnectionFailed(f"cannot listen on unix://{path}: an executor answers there")
+        os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(path)
+        os.chmod(path, 0o600)
+        listener.listen(256)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def tune(connection: socket.socket) -> None:
+    """No Nagle delay, large buffers."""
+    if connection.family != socket.AF_UNIX:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    else:  # TCP sizes its own buffers
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            with contextlib.suppress(OSError):
+                connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+
+
+def exchange_parts(
+    kind: Kind, request: int, meta: bytes, specs: tuple[TensorSpec, ...], tensors: tuple[torch.Tensor, ...]
+) -> list[bytes | memoryview]:
+    """The buffers of a frame with tensors, ready for one gathering send."""
+    if len(tensors) == 1:
+        body = as_bytes(tensors[0])
+        return [pack_header(kind, request, len(meta), len(body)) + meta, body]
+    starts, end = offsets(specs)
+    parts: list[bytes | memoryview] = [pack_header(kind, request, len(meta), end) + meta]
+    at = 0
+    for start, tensor in zip(starts, tensors, strict=True):
+        if start > at:
+            parts.append(_PADDING[: start - at])
+        body = as_bytes(tensor)
+        parts.append(body)
+        at = start + len(body)
+    return parts
+
+
+class SocketChannel:
+    """A client's blocking connection to an executor; see `Channel`."""
+
+    def __init__(self, url: str, hello: Json, *, timeout_s: float = 10.0) -> None:
+        """Connect and shake hands within ``timeout_s``; later waits are not limited.
+
+        Raises ConnectionFailed, ProtocolError.
+        """
+        self._url = url
+        self._request = 0
+        self._socket = self._dial(Address.parse(url), timeout_s)
+        self._reader = FrameReader(_CLIENT_LIMITS, _admit)
+        self._inbox: deque[Frame | Rejected] = deque()
+        try:
+            self._send([json_frame(Kind.HELLO, 0, hello)])
+            self.welcome = self._expect(Kind.WELCOME).json()
+        except ConnectionLost as error:
+            self.close()
+            raise ConnectionFailed(f"{url} accepted the connection and hung up: {error}") from None
+        except BaseException:
+            self.close()
+            raise
+        self._socket.settimeout(None)
+
+    def exchange(self, exchange: Exchange) -> Result:
+        self._request += 1
+        meta = pack_exchange(exchange)
+        self._send(
+            exchange_parts(Kind.EXCHANGE, self._request, meta, exchange.specs, exchange.tensors)
+        )
+        frame = self._expect(Kind.RESULT)
+        assert isinstance(frame.admitted, tuple)
+        result, specs = frame.admitted
+        return Result(from_payload(frame.payload, specs), *result[1:])
+
+    def request(self, question: Json) -> tuple[Json, torch.Tensor]:
+        self._request += 1
+        self._send([json_frame(Kind.REQUEST, self._request, question)])
+        frame = self._expect(Kind.REPLY)
+        return frame.json(), frame.payload
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _dial(self, address: Address, timeout_s: float) -> socket.socket:
+        try:
+            if address.path is not None:
+                connection = socket.socket(socket.AF_UNIX)
+                connection.settimeout(timeout_s)
+                connection.connect(address.path)
+            else:
+                connection = socket.create_connection((address.host, address.port), timeout_s)
+        except OSError as error:
+            raise ConnectionFailed(
+                f"no executor answers at {self._url} ({error.strerror or error}); start one with "
+                f"`symbiosis serve MODEL --listen {self._url}`"
+            ) from None
+        tune(connection)
+        return connection
+
+    def _send(self, parts: list[bytes | memoryview]) -> None:
+        try:
+            sent = self._socket.sendmsg(parts)
+            for part in parts:
+                if sent >= len(part):
+                    sent -= len(part)
+                    continue
+                self._socket.sendall(memoryview(part)[sent:])
+                sent = 0
+        except OSError as error:
+            raise self._lost(error) from None
+
+    def _expect(self, kind: Kind) -> Frame:
+        """The frame that answers the request just sent."""
+        frame = self._receive()
+        if frame.kind is Kind.ERROR:
+            told = frame.json()
+            if not frame.request:  # the connection is meant, not this request
+                self.close()
+            raise from_code(str(told.get("code")), str(told.get("message")))
+        if frame.kind is not kind or frame.request != self._request:
+            self.close()
+            raise ProtocolError(
+                f"{self._url} answered request {self._request} with {frame.kind.name} "
+                f"{frame.request}, not {kind.name}"
+            )
+        return frame
+
+    def _receive(self) -> Frame:
+        while not self._inbox:
+            try:
+                received = self._socket.recv_into(self._reader.buffer())
+            except OSError as error:
+                raise self._lost(error) from None
+            if not received:
+                raise self._lost(None)
+            self._inbox.extend(self._reader.advance(received))
+        frame = self._inbox.popleft()
+        assert isinstance(frame, Frame)  # our own admit rejects nothing; it only raises
+        return frame
+
+    def _lost(self, error: OSError | None) -> SymbiosisError:
+        self.close()
+        reason = f": {error.strerror or error}" if error else ""
+        return ConnectionLost(f"the executor at {self._url} has gone{reason}")
+
+
+def _admit(kind: Kind, meta: bytes, payload_bytes: int) -> object:
+    if kind is not Kind.RESULT:
+        return None
+    result, specs = unpack_result(meta)
+    if offsets(specs)[1] != payload_bytes:
+        raise ProtocolError("a result's payload does not fit its description")
+    return result, specs

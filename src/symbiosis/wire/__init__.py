@@ -1,0 +1,1 @@
+"""The nouns on the wire: frames, tensors, exchanges. No sockets, no threads, no policy."""

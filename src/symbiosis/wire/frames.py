@@ -1,0 +1,221 @@
+"""Frames: a fixed 24-byte header, a small meta section, a raw payload. See ``docs/protocol.md``.
+
+`FrameReader` is the receiving half as a state machine without a socket: it says where the next
+bytes belong and turns them into frames. Knows lengths and limits; knows nothing of what the
+meta section means.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import struct
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from symbiosis.errors import ProtocolError, SymbiosisError
+from symbiosis.wire.tensors import as_bytes, empty_payload
+
+MAGIC = b"SY"
+VERSION = 1
+HEADER = struct.Struct("<2sBBIQQ")
+"""magic 2s | version u8 | kind u8 | meta_bytes u32 | request u64 | payload_bytes u64"""
+
+Json = dict[str, object]
+
+
+class Kind(enum.IntEnum):
+    """What a frame is for. c→e: from the client to the executor."""
+
+    HELLO = 1  # c→e, JSON: who connects
+    WELCOME = 2  # e→c, JSON: what is hosted
+    REQUEST = 3  # c→e, JSON: one question outside the data path
+    REPLY = 4  # e→c, JSON and payload: its answer
+    EXCHANGE = 5  # c→e, binary: one operation on frozen weights
+    RESULT = 6  # e→c, binary: its outcome
+    ERROR = 7  # e→c, JSON: {"code", "message"}, for the request or (request 0) the connection
+
+
+class Limits(NamedTuple):
+    """What a reader accepts, in bytes."""
+
+    meta_bytes: int = 64 * 1024
+    payload_bytes: int = 1 << 30
+
+
+class Frame(NamedTuple):
+    """One complete frame. ``payload`` is uint8 (payload_bytes,), owned by the receiver."""
+
+    kind: Kind
+    request: int
+    meta: bytes
+    payload: torch.Tensor
+    admitted: object  # what ``admit`` made of the meta section
+
+    def json(self) -> Json:
+        """The meta section as a JSON object; raises ProtocolError if it is not one."""
+        try:
+            value = json.loads(self.meta)
+        except ValueError as error:
+            raise ProtocolError(f"a {self.kind.name} frame holds no valid JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ProtocolError(f"a {self.kind.name} frame holds no JSON object")
+        return value
+
+
+class Rejected(NamedTuple):
+    """A well-formed frame that ``admit`` refused; its payload was skipped, unread and unstored."""
+
+    request: int
+    error: SymbiosisError
+
+
+def pack_header(kind: Kind, request: int, meta_bytes: int, payload_bytes: int) -> bytes:
+    """The 24 bytes before a frame's meta section."""
+    return HEADER.pack(MAGIC, VERSION, kind, meta_bytes, request, payload_bytes)
+
+
+def json_frame(kind: Kind, request: int, value: Json, payload_bytes: int = 0) -> bytes:
+    """Header and meta of a JSON frame; its payload, if any, follows."""
+    meta = json.dumps(value, separators=(",", ":")).encode()
+    return pack_header(kind, request, len(meta), payload_bytes) + meta
+
+
+def error_frame(request: int, error: SymbiosisError) -> bytes:
+    """An ERROR frame for ``request``."""
+    return json_frame(Kind.ERROR, request, {"code": error.code, "message": str(error)})
+
+
+Admit = Callable[[Kind, bytes, int], object]
+"""Called with kind, meta and payload length before the payload's memory is allocated. What it
+returns comes with the frame. Raises to refuse: a ProtocolError ends the connection, any other
+error rejects the one frame."""
+
+
+def _admit_all(kind: Kind, meta: bytes, payload_bytes: int) -> object:
+    """Accept whatever is within the limits."""
+    return None
+
+
+class FrameReader:
+    """Turns bytes into frames, without I/O.
+
+    ``buffer()`` returns the memory where the next received bytes belong; after receiving ``n``
+    of them call ``advance(n)`` and iterate over what became complete. A small frame costs one
+    receive; a large payload is received straight into its own buffer.
+
+    Not thread-safe: one reader belongs to one connection. After a ProtocolError the stream is
+    out of step and the reader must not be used again.
+    """
+
+    _SCRATCH_BYTES = 1 << 16
+
+    def __init__(self, limits: Limits = Limits(), admit: Admit = _admit_all) -> None:
+        self._limits = limits
+        self._admit = admit
+        self._view = memoryview(bytearray(self._SCRATCH_BYTES))
+        self._begin = 0  # view[begin:end] is received and not yet used
+        self._end = 0
+        self._head: tuple[Kind, int, bytes, object] | None = None  # of the frame whose payload is coming
+        self._payload: torch.Tensor | None = None
+        self._payload_view = memoryview(b"")
+        self._filled = 0
+        self._skip = 0  # bytes of a rejected payload still to be dropped
+
+    @property
+    def mid_frame(self) -> bool:
+        """True while a frame has begun and is not complete."""
+        return self._head is not None or self._end > self._begin or self._skip > 0
+
+    def buffer(self) -> memoryview:
+        """Where to put the next bytes; never empty."""
+        if self._payload is not None:
+            return self._payload_view[self._filled :]
+        if self._begin:
+            self._view[: self._end - self._begin] = self._view[self._begin : self._end]
+            self._begin, self._end = 0, self._end - self._begin
+        if self._end == len(self._view):  # a meta section larger than the scratch
+            grown = memoryview(bytearray(2 * self._end))
+            grown[: self._end] = self._view
+            self._view = grown
+        return self._view[self._end :]
+
+    def advance(self, num_bytes: int) -> Iterator[Frame | Rejected]:
+        """Account for ``num_bytes`` received into ``buffer()``; yield what is now complete."""
+        if self._payload is not None:
+            self._filled += num_bytes
+            if self._filled == len(self._payload_view):
+                yield self._finish(self._payload)
+            return
+        self._end += num_bytes
+        while (complete := self._next()) is not None:
+            yield complete
+
+    def _next(self) -> Frame | Rejected | None:
+        if self._skip:
+            dropped = min(self._skip, self._end - self._begin)
+            self._begin += dropped
+            self._skip -= dropped
+            if self._skip:
+                return None
+        available = self._end - self._begin
+        if available < HEADER.size:
+            return None
+        magic, version, kind, meta_bytes, request, payload_bytes = HEADER.unpack_from(
+            self._view, self._begin
+        )
+        self._check_header(magic, version, kind, meta_bytes, payload_bytes)
+        if available < HEADER.size + meta_bytes:
+            return None
+        start = self._begin + HEADER.size
+        meta = bytes(self._view[start : start + meta_bytes])
+        self._begin = start + meta_bytes
+        try:
+            admitted = self._admit(Kind(kind), meta, payload_bytes)
+        except ProtocolError:
+            raise
+        except SymbiosisError as error:
+            self._skip = payload_bytes
+            return Rejected(request, error)
+        self._head = (Kind(kind), request, meta, admitted)
+        return self._start_payload(payload_bytes)
+
+    def _check_header(
+        self, magic: bytes, version: int, kind: int, meta_bytes: int, payload_bytes: int
+    ) -> None:
+        if magic != MAGIC:
+            raise ProtocolError(f"a frame starts with {magic!r}, not {MAGIC!r}: not this protocol")
+        if version != VERSION:
+            raise ProtocolError(
+                f"protocol version {version} on the wire, {VERSION} here: use the same release"
+            )
+        if kind not in Kind._value2member_map_:
+            raise ProtocolError(f"unknown kind of frame: {kind}")
+        if meta_bytes > self._limits.meta_bytes:
+            raise ProtocolError(
+                f"a meta section of {meta_bytes} bytes; the limit is {self._limits.meta_bytes}"
+            )
+        if payload_bytes > self._limits.payload_bytes:
+            raise ProtocolError(
+                f"a payload of {payload_bytes} bytes; the limit is {self._limits.payload_bytes}"
+            )
+
+    def _start_payload(self, payload_bytes: int) -> Frame | None:
+        payload = empty_payload(payload_bytes)
+        here = min(payload_bytes, self._end - self._begin)
+        view = as_bytes(payload)
+        if here:
+            view[:here] = self._view[self._begin : self._begin + here]
+            self._begin += here
+        if here == payload_bytes:
+            return self._finish(payload)
+        self._payload, self._payload_view, self._filled = payload, view, here
+        return None
+
+    def _finish(self, payload: torch.Tensor) -> Frame:
+        assert self._head is not None
+        kind, request, meta, admitted = self._head
+        self._head, self._payload, self._payload_view = None, None, memoryview(b"")
+        return Frame(kind, request, meta, payload, admitted)
