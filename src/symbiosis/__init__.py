@@ -1,9 +1,9 @@
 """Symbiosis: the base model as a service. One executor, many adapters.
 
-    import symbiosis
+import symbiosis
 
-    with symbiosis.connect("unix:///tmp/base.sock") as base:
-        model, tokenizer = base.model(), base.tokenizer()
+with symbiosis.connect("unix:///tmp/base.sock") as base:
+    model, tokenizer = base.model(), base.tokenizer()
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def _class_for(session: Session, config: PreTrainedConfig, auto_class: Any) -> A
 
 def _on_meta(cls: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"), _linspace_on_cpu():
-        return cls._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+        model: PreTrainedModel = cls._from_config(config, dtype=dtype)
+    return model
 
 
 @contextlib.contextmanager
@@ -140,7 +141,7 @@ class _Filler:
     def _remote(self, info: WeightInfo, meta: nn.Parameter) -> nn.Parameter:
         like = torch.empty(info.shape, dtype=meta.dtype, device="meta")
         weight = RemoteWeight(self._session, info.id, (), like, self._device)
-        weight._is_param = True  # type: ignore[attr-defined]
+        weight._is_param = True
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight  # type: ignore[return-value]
 

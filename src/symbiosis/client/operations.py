@@ -33,8 +33,8 @@ class _Product(torch.autograd.Function):
         return weight._session.product(op, x, weight._weight, weight._recipe, bias, forward=True)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return _InputGradient.apply(dy, ctx.weight, _INPUT_GRADIENT[ctx.op]), None, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        return _input_gradient(dy, ctx.weight, ctx.op), None, None, None
 
 
 class _InputGradient(torch.autograd.Function):
@@ -48,8 +48,12 @@ class _InputGradient(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _InputGradient.apply(dz, ctx.weight, _INPUT_GRADIENT[ctx.op]), None, None
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, None, None]:
+        return _input_gradient(dz, ctx.weight, ctx.op), None, None
+
+
+def _input_gradient(dy: Tensor, weight: RemoteWeight, op: Op) -> Any:
+    return _InputGradient.apply(dy, weight, _INPUT_GRADIENT[op])  # type: ignore[no-untyped-call]
 
 
 def product(op: Op, x: Tensor, weight: RemoteWeight, bias: Tensor | None = None) -> Tensor:
@@ -68,7 +72,7 @@ def product(op: Op, x: Tensor, weight: RemoteWeight, bias: Tensor | None = None)
         )
     shared = NO_BIAS if bias is None else _shared_bias(weight, bias)
     if x.requires_grad and torch.is_grad_enabled():
-        y = _Product.apply(x, weight, op, shared)
+        y: Tensor = _Product.apply(x, weight, op, shared)  # type: ignore[no-untyped-call]
     else:
         y = weight._session.product(op, x, weight._weight, weight._recipe, shared, forward=True)
     return y if bias is None or shared else y + bias.to(y.dtype)
@@ -149,8 +153,8 @@ def _set_data(self: Any, value: Any) -> Any:
     if type(value) is RemoteWeight:
         twin = value.cast(value.dtype, value.device)
         if getattr(self, "_is_param", False):
-            twin._is_param = True  # type: ignore[attr-defined]
-        torch.utils.swap_tensors(self, twin)
+            twin._is_param = True
+        torch.utils.swap_tensors(self, twin)  # type: ignore[no-untyped-call]
     else:
         self.become(value)
     return None
@@ -281,7 +285,7 @@ def _aten_convolution(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _aten_convolution_backward(func: Any, args: Any, kwargs: Any) -> Any:
-    dy, x, weight, bias_sizes, *rest, mask = args
+    dy, x, weight, _bias_sizes, *rest, mask = args
     if not isinstance(weight, RemoteWeight) or isinstance(dy, RemoteWeight) or mask[1]:
         return NotImplemented
     dx = None
@@ -313,7 +317,8 @@ def _aten_t(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _aten_slice(func: Any, args: Any, kwargs: Any) -> Any:
     weight = args[0]
-    dim, start, end, step = (*args[1:], *(0, None, None, 1)[len(args) - 1 :])
+    given = tuple(args[1:])
+    dim, start, end, step = given + (0, None, None, 1)[len(given) :]
     size = weight.shape[dim]
     ints = (dim, 0 if start is None else start, size if end is None else min(end, size), step)
     return weight.viewed(func(weight._like, *ints), View.SLICE, *ints)

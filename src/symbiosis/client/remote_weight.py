@@ -40,12 +40,13 @@ class RemoteWeight(Tensor):
     _weight: int
     _recipe: Recipe
     _like: Tensor  # on the meta device: shape, strides, dtype
+    _is_param: bool  # torch's mark of a Parameter of a custom tensor type
 
     @staticmethod
     def __new__(
         cls, session: Session, weight: int, recipe: Recipe, like: Tensor, device: torch.device
     ) -> RemoteWeight:
-        return Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+        return Tensor._make_wrapper_subclass(
             cls,
             like.shape,
             strides=like.stride(),
@@ -74,9 +75,7 @@ class RemoteWeight(Tensor):
 
     def cast(self, dtype: torch.dtype, device: torch.device) -> RemoteWeight:
         """The same weight under another dtype or device; nothing is computed."""
-        return RemoteWeight(
-            self._session, self._weight, self._recipe, self._like.to(dtype), device
-        )
+        return RemoteWeight(self._session, self._weight, self._recipe, self._like.to(dtype), device)
 
     def fetch(self, why: str) -> Tensor:
         """The numbers: a local tensor like this one, which must not be changed in place.
@@ -96,9 +95,9 @@ class RemoteWeight(Tensor):
     def become(self, values: Tensor) -> None:
         """Turn this very parameter into a local, frozen one that holds ``values``."""
         local = nn.Parameter(values, requires_grad=False)
-        torch.utils.swap_tensors(self, local)
+        torch.utils.swap_tensors(self, local)  # type: ignore[no-untyped-call]
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         kind = "Parameter, " if getattr(self, "_is_param", False) else ""
         shape = tuple(self.shape)
         return (
@@ -110,7 +109,7 @@ class RemoteWeight(Tensor):
         if id(self) not in memo:
             twin = self.cast(self.dtype, self.device)
             if getattr(self, "_is_param", False):
-                twin._is_param = True  # type: ignore[attr-defined]
+                twin._is_param = True
             memo[id(self)] = twin
         return memo[id(self)]  # type: ignore[no-any-return]
 
@@ -134,7 +133,7 @@ class RemoteWeight(Tensor):
             return func(*args, **kwargs) if kwargs else func(*args)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
@@ -143,7 +142,7 @@ class RemoteWeight(Tensor):
             found = handler(func, args, kwargs)
             if found is not NotImplemented:
                 return found
-        if func in READS or torch.Tag.pointwise in func.tags and not func._schema.is_mutable:
+        if func in READS or (torch.Tag.pointwise in func.tags and not func._schema.is_mutable):
             why = func._schema.name.removeprefix("aten::")
             return func(*_fetched(args, why), **_fetched(kwargs, why))
         raise UnsupportedOperation(
@@ -191,9 +190,8 @@ def _rebuild(
     like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     rebuilt = RemoteWeight(session, weight, recipe, like, torch.device(device))
     if is_parameter:
-        rebuilt._is_param = True  # type: ignore[attr-defined]
+        rebuilt._is_param = True
     return rebuilt
 
 
 ForkingPickler.register(RemoteWeight, _reduce_for_worker)
-

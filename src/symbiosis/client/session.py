@@ -148,7 +148,7 @@ class Session:
         """The tokenizer that the executor ships with the model."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.model_folder())  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(self.model_folder())
 
     def model_folder(self) -> Path:
         """A local folder with the configuration and tokenizer files, without weights; it is
@@ -193,7 +193,7 @@ class Session:
     def product(
         self, op: Op, x: Tensor, weight: int, recipe: Recipe, bias: int, *, forward: bool
     ) -> Tensor:
-        """``op`` (LINEAR or MATMUL) of ``x`` (..., I) with a weight: (..., O), x's dtype and device.
+        """LINEAR or MATMUL of ``x`` (..., I) with a weight: (..., O), in x's dtype, on its device.
 
         ``forward`` marks a product whose siblings on the same input may be asked for with it.
         """
@@ -366,7 +366,9 @@ def _weight_table(welcome: Json) -> dict[int, WeightInfo]:
             for w in welcome["weights"]  # type: ignore[attr-defined]
         ]
     except (KeyError, TypeError, ValueError) as error:
-        raise ProtocolError(f"the executor's welcome has no proper table of weights: {error!r}") from None
+        raise ProtocolError(
+            f"the executor's welcome has no proper table of weights: {error!r}"
+        ) from None
     return {entry.id: entry for entry in entries}
 
 
@@ -385,5 +387,3 @@ def _write_files(folder: Path, answer: Json, payload: Tensor) -> None:
             raise ProtocolError(f"the executor sent a file named {name!r}; plain names only")
         (folder / name).write_bytes(data[at : at + size])
         at += size
-
-

@@ -158,7 +158,13 @@ class Engine:
                 return [self._compute([exchange])[0] for exchange in exchanges]
             exchange = exchanges[0]
             name = self.weights[exchange.weights[0]].names[0]
-            logger.warning("%s of %s on %s failed: %s", exchange.op.name.lower(), exchange.specs[0], name, error)
+            logger.warning(
+                "%s of %s on %s failed: %s",
+                exchange.op.name.lower(),
+                exchange.specs[0],
+                name,
+                error,
+            )
             return [ExchangeFailed(f"{exchange.op.name.lower()} on {name} failed: {error}")]
 
     def _account(

@@ -50,7 +50,9 @@ def check(exchange: Exchange, weights: Weights) -> Plan:
     return Plan(rows, sum(item * math.prod(shape) for shape in shapes), joinable)
 
 
-def run(exchange: Exchange, weights: Weights, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+def run(
+    exchange: Exchange, weights: Weights, inputs: tuple[torch.Tensor, ...]
+) -> list[torch.Tensor]:
     """Compute ``exchange`` on ``inputs`` (its own tensors, or several clients' rows joined).
 
     One tensor per weight, in the input's dtype (the weight's for an embedding), contiguous.
@@ -149,11 +151,12 @@ def _convolution_params(params: tuple[int, ...]) -> tuple[ConvolutionParams, tup
     n = params[0] if params else 0
     if not 1 <= n <= 3 or len(params) < 4 * n + 3:
         raise ProtocolError("a convolution's parameters are malformed")
-    rows = [list(params[1 + i * n : 1 + (i + 1) * n]) for i in range(3)]
+    stride, padding, dilation = (list(params[1 + i * n : 1 + (i + 1) * n]) for i in range(3))
     transposed = bool(params[1 + 3 * n])
     output_padding = list(params[2 + 3 * n : 2 + 4 * n])
     groups = params[2 + 4 * n]
-    return ConvolutionParams(*rows, transposed, output_padding, groups), params[3 + 4 * n :]
+    convolution = ConvolutionParams(stride, padding, dilation, transposed, output_padding, groups)
+    return convolution, params[3 + 4 * n :]
 
 
 def _convolution_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...]:
@@ -162,7 +165,11 @@ def _convolution_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...
     params, input_shape = _convolution_params(exchange.params)
     try:
         if exchange.op is Op.CONVOLUTION:
-            return tuple(_convolution(torch.empty(x.shape, device="meta", dtype=w.dtype), w, None, params).shape)
+            return tuple(
+                _convolution(
+                    torch.empty(x.shape, device="meta", dtype=w.dtype), w, None, params
+                ).shape
+            )
         out = _convolution(torch.empty(input_shape, device="meta", dtype=w.dtype), w, None, params)
     except (RuntimeError, ValueError, TypeError) as error:
         raise InvalidInput(f"convolution of input {x}: {error}") from None
@@ -177,12 +184,12 @@ def _convolution(
     return torch.convolution(x, w, bias, *params)
 
 
-def _convolution_input_grad(dy: torch.Tensor, w: torch.Tensor, params: tuple[int, ...]) -> torch.Tensor:
+def _convolution_input_grad(
+    dy: torch.Tensor, w: torch.Tensor, params: tuple[int, ...]
+) -> torch.Tensor:
     conv, input_shape = _convolution_params(params)
     no_input = dy.new_empty(()).expand(input_shape)
-    grads = torch.ops.aten.convolution_backward(
-        dy, no_input, w, None, *conv, [True, False, False]
-    )
+    grads = torch.ops.aten.convolution_backward(dy, no_input, w, None, *conv, [True, False, False])
     return grads[0]  # type: ignore[no-any-return]
 
 
@@ -197,10 +204,10 @@ def _run_one(
     match exchange.op:
         case Op.LINEAR:
             y = F.linear(x, w, bias)
-        case Op.MATMUL if bias is None:
-            y = torch.matmul(x, w)
-        case Op.MATMUL:
+        case Op.MATMUL if bias is not None:
             y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], w.shape[1])
+        case Op.MATMUL:
+            y = torch.matmul(x, w)
         case Op.BATCHED_MATMUL:
             y = torch.bmm(x, w)
         case Op.GROUPED_MATMUL:

@@ -56,7 +56,8 @@ class Scheduler:
     - ``none``: no batching, for comparison.
 
     Interactive requests go before training ones, except that while both wait, training is owed
-    ``training_share`` of the executor's time, and collects as soon as the debt pays for a batch. Rows per batch stay within ``max_rows`` unless a single request is larger.
+    ``training_share`` of the executor's time, and collects as soon as the debt pays for a batch.
+    Rows per batch stay within ``max_rows`` unless a single request is larger.
     """
 
     def __init__(

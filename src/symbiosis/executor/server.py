@@ -100,7 +100,9 @@ class Server:
         self._stopping = True
         self._waker.send(b"\0")
 
-    def reply(self, connection: _Connection, request: int, outcome: Result | SymbiosisError) -> None:
+    def reply(
+        self, connection: _Connection, request: int, outcome: Result | SymbiosisError
+    ) -> None:
         """Send an answer; from any thread."""
         if threading.get_ident() == self._thread:
             connection.answer(request, outcome)

@@ -86,9 +86,7 @@ class Stats:
         """Plain JSON types."""
         return {
             "uptime_s": now_s - self.started_s,
-            "clients": {
-                str(id): client.snapshot() for id, client in list(self.clients.items())
-            },
+            "clients": {str(id): client.snapshot() for id, client in list(self.clients.items())},
             "clients_seen": self.clients_seen,
             "exchanges": self.exchanges,
             "exchanges_per_s": self.exchange_rate.rate(now_s),

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -81,9 +82,7 @@ class Weights:
         self.files = _read_files(folder) if folder else _written_files(model)
 
     @classmethod
-    def load(
-        cls, model: str, *, dtype: torch.dtype | None = None, device: str = "cpu"
-    ) -> Weights:
+    def load(cls, model: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Weights:
         """Load a local ``transformers`` folder or a hub id, safetensors only, no remote code.
 
         ``dtype`` None keeps what the configuration says. Raises ModelError with the reason.
@@ -91,13 +90,17 @@ class Weights:
         started = time.monotonic()
         try:
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-            loaded = _model_class(config).from_pretrained(
-                model,
-                config=config,
-                dtype=dtype or "auto",
-                trust_remote_code=False,
-                use_safetensors=True,
-            ).to(device)
+            loaded = (
+                _model_class(config)
+                .from_pretrained(
+                    model,
+                    config=config,
+                    dtype=dtype or "auto",
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                )
+                .to(device)
+            )
             config_file = cached_file(model, "config.json")
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ModelError(f"cannot host {model!r}: {error}") from error
@@ -206,13 +209,13 @@ def _looked_at(hosted: HostedWeight, recipe: Recipe) -> torch.Tensor:
         raise InvalidInput(f"{hosted.names[0]} cannot be looked at that way: {error}") from None
 
 
-def _model_class(config: transformers.PreTrainedConfig) -> type[PreTrainedModel]:
+def _model_class(config: transformers.PreTrainedConfig) -> Any:
     """The class that the configuration names, else the causal LM for its model type."""
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if found is not None:
-            return found  # type: ignore[no-any-return]
-    return AutoModelForCausalLM  # type: ignore[return-value]
+            return found
+    return AutoModelForCausalLM
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:

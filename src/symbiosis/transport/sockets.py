@@ -73,8 +73,10 @@ class Address:
     @property
     def is_loopback(self) -> bool:
         """True if no other machine can reach it."""
-        return self.path is not None or self.host in ("localhost", "::1") or (
-            self.host.startswith("127.")
+        return (
+            self.path is not None
+            or self.host in ("localhost", "::1")
+            or (self.host.startswith("127."))
         )
 
 
@@ -124,7 +126,11 @@ def tune(connection: socket.socket) -> None:
 
 
 def exchange_parts(
-    kind: Kind, request: int, meta: bytes, specs: tuple[TensorSpec, ...], tensors: tuple[torch.Tensor, ...]
+    kind: Kind,
+    request: int,
+    meta: bytes,
+    specs: tuple[TensorSpec, ...],
+    tensors: tuple[torch.Tensor, ...],
 ) -> list[bytes | memoryview]:
     """The buffers of a frame with tensors, ready for one gathering send."""
     if len(tensors) == 1:

@@ -118,7 +118,8 @@ class FrameReader:
         self._view = memoryview(bytearray(self._SCRATCH_BYTES))
         self._begin = 0  # view[begin:end] is received and not yet used
         self._end = 0
-        self._head: tuple[Kind, int, bytes, object] | None = None  # of the frame whose payload is coming
+        # of the frame whose payload is coming: kind, request, meta, admitted
+        self._head: tuple[Kind, int, bytes, object] | None = None
         self._payload: torch.Tensor | None = None
         self._payload_view = memoryview(b"")
         self._filled = 0

@@ -52,7 +52,8 @@ class TensorSpec(NamedTuple):
 def spec_of(tensor: torch.Tensor) -> TensorSpec:
     """The spec of ``tensor``; raises ProtocolError for a dtype the wire has no code for."""
     if tensor.dtype not in _CODES:
-        raise ProtocolError(f"dtype {tensor.dtype} cannot travel; use one of {sorted(map(str, _CODES))}")
+        known = ", ".join(str(dtype) for dtype in _CODES)
+        raise ProtocolError(f"dtype {tensor.dtype} cannot travel; use one of {known}")
     return TensorSpec(tensor.dtype, tuple(tensor.shape))
 
 
@@ -61,7 +62,7 @@ def pack_specs(specs: tuple[TensorSpec, ...]) -> bytes:
     parts = [bytes((len(specs),))]
     for dtype, shape in specs:
         if len(shape) > MAX_DIMS:
-            raise ProtocolError(f"a tensor of {len(shape)} dimensions cannot travel; {MAX_DIMS} at most")
+            raise ProtocolError(f"{len(shape)} dimensions cannot travel; {MAX_DIMS} at most")
         parts.append(struct.pack(f"<BB{len(shape)}I", _CODES[dtype], len(shape), *shape))
     return b"".join(parts)
 
@@ -105,7 +106,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
         return memoryview(b"")
     if tensor.dtype is not torch.float32:
         tensor = tensor.reshape(-1).view(torch.uint8)
-    return memoryview(tensor.numpy()).cast("B")
+    return tensor.numpy().data.cast("B")
 
 
 def empty_payload(num_bytes: int) -> torch.Tensor:
@@ -121,6 +122,6 @@ def from_payload(payload: torch.Tensor, specs: tuple[TensorSpec, ...]) -> tuple[
     storage = payload.untyped_storage()
     starts, _ = offsets(specs)
     return tuple(
-        torch.empty(0, dtype=dtype).set_(storage, start // ITEM_BYTES[dtype], shape)
+        torch.empty(0, dtype=dtype).set_(storage, start // ITEM_BYTES[dtype], shape)  # type: ignore[call-overload]
         for start, (dtype, shape) in zip(starts, specs, strict=True)
     )

@@ -60,7 +60,8 @@ def _step(tensor: torch.Tensor, step: View, args: tuple[int, ...]) -> torch.Tens
             return tensor.select(dim, index)
         case View.SLICE:
             dim, start, end, stride = args
-            return torch.ops.aten.slice.Tensor(tensor, dim, start, end, stride)
+            sliced: torch.Tensor = torch.ops.aten.slice.Tensor(tensor, dim, start, end, stride)
+            return sliced
         case View.RESHAPE:
             return tensor.view(args)
         case View.UNSQUEEZE:

@@ -1,0 +1,102 @@
+"""The entry point: commands, and how errors end. Knows no torch."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from symbiosis import __version__
+from symbiosis.cli import console
+from symbiosis.cli.finetune import finetune
+from symbiosis.cli.generate import generate
+from symbiosis.cli.serve import serve
+from symbiosis.cli.status import status
+from symbiosis.errors import SymbiosisError
+
+ABOUT = """The base model as a service: one executor hosts the frozen weights, many adapters train \
+and answer against it.
+
+Environment: SYMBIOSIS_BASE is the default of --base; SYMBIOSIS_LOG is debug, info (the default), \
+warning or error, and with debug, errors come with their traceback."""
+
+app = typer.Typer(
+    name="symbiosis",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog=console.examples(
+        "symbiosis serve ./my-llama --listen unix:///tmp/base.sock",
+        "symbiosis finetune --base unix:///tmp/base.sock --data train.jsonl --out ./my-adapter",
+        "symbiosis generate --base unix:///tmp/base.sock --adapter ./my-adapter --prompt Hello",
+        "symbiosis status --base unix:///tmp/base.sock",
+    ),
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"symbiosis {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=ABOUT)
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
+    """What goes before every command."""
+    console.configure_logging()
+
+
+SERVE_EXAMPLES = console.examples(
+    "symbiosis serve ./my-llama --listen unix:///tmp/base.sock --listen tcp://127.0.0.1:7420",
+    "symbiosis serve ./my-llama --dtype float32 --policy lockstep --threads 8",
+    "symbiosis serve ./my-llama --device cuda --dtype bfloat16 --fetch deny",
+)
+FINETUNE_EXAMPLES = console.examples(
+    "symbiosis finetune --base unix:///tmp/base.sock --data train.jsonl --out ./my-adapter",
+    "symbiosis finetune ... --peft lora --set r=16 --set target_modules=q_proj,v_proj",
+    "symbiosis finetune ... --peft prefix --set num_virtual_tokens=30 --steps 200",
+    "symbiosis finetune ... --eval-data held-out.jsonl --eval-steps 50 --save-steps 50",
+    "symbiosis finetune ... --resume",
+)
+GENERATE_EXAMPLES = console.examples(
+    "symbiosis generate --base unix:///tmp/base.sock --prompt 'Once upon a time'",
+    "symbiosis generate --base unix:///tmp/base.sock --adapter ./a --adapter ./b --prompt Hello",
+    "cat question.txt | symbiosis generate --base ... --adapter ./a --prompt - --chat",
+    "symbiosis generate --base ... --prompt Hello --temperature 0.7 --top-p 0.9 --seed 1",
+)
+STATUS_EXAMPLES = console.examples(
+    "symbiosis status --base unix:///tmp/base.sock",
+    "symbiosis status --base unix:///tmp/base.sock --once --json",
+)
+
+app.command(epilog=SERVE_EXAMPLES, no_args_is_help=True, help=console.help_of(serve))(serve)
+app.command(epilog=FINETUNE_EXAMPLES, no_args_is_help=True, help=console.help_of(finetune))(
+    finetune
+)
+app.command(epilog=GENERATE_EXAMPLES, no_args_is_help=True, help=console.help_of(generate))(
+    generate
+)
+app.command(epilog=STATUS_EXAMPLES)(status)
+
+
+def main() -> None:
+    """Run the command line. An error that was foreseen ends in one line and exit code 1,
+    misuse in 2, Ctrl-C in 130."""
+    try:
+        app()
+    except (SymbiosisError, OSError) as error:
+        if console.debugging():
+            raise
+        sys.exit(console.fail(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

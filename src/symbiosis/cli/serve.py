@@ -1,0 +1,197 @@
+"""``symbiosis serve``: host a base model until told to stop."""
+
+from __future__ import annotations
+
+import enum
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from symbiosis import __version__
+from symbiosis.cli import console
+from symbiosis.errors import ConnectionFailed, SymbiosisError
+
+if TYPE_CHECKING:
+    import torch
+
+    from symbiosis.executor.executor import Executor
+    from symbiosis.transport.sockets import Address
+
+DEFAULT_URL = "tcp://127.0.0.1:7420"
+
+
+class Dtype(enum.StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Policy(enum.StrEnum):
+    greedy = "greedy"
+    lockstep = "lockstep"
+    none = "none"
+
+
+class Fetch(enum.StrEnum):
+    allow = "allow"
+    deny = "deny"
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="A transformers model folder, or a hub id.")],
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="unix:///path.sock or tcp://host:port (port 0: any free one); may be repeated.",
+            show_default=DEFAULT_URL,
+        ),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="auto: what the model's files say.")] = Dtype.auto,
+    device: Annotated[
+        str, typer.Option(metavar="cpu|cuda", help="Where the frozen weights are.")
+    ] = "cpu",
+    policy: Annotated[
+        Policy,
+        typer.Option(
+            help="How exchanges are batched. greedy: what waits for the same weight goes "
+            "together, nobody waits for anybody; lockstep: everybody waits for everybody; "
+            "none: one by one."
+        ),
+    ] = Policy.greedy,
+    training_share: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=0.99, help="Time that fine-tuning is owed while people wait for answers."
+        ),
+    ] = 0.2,
+    fetch: Annotated[
+        Fetch,
+        typer.Option(
+            help="Whether clients may read whole weights, which DoRA, merging and a few other "
+            "methods need."
+        ),
+    ] = Fetch.allow,
+    threads: console.Threads = None,
+    allow_remote: Annotated[
+        bool,
+        typer.Option(
+            "--allow-remote",
+            help="Listen on addresses that other machines can reach. There is no encryption and "
+            "no authentication yet: whoever reaches the port can use the model, see the names of "
+            "its clients and, unless --fetch deny, copy its weights; and whoever is on the way "
+            "can read all activations. Only for networks where everybody may.",
+        ),
+    ] = False,
+) -> None:
+    """Host a base model: its frozen weights, once, for any number of clients.
+
+    Prints what is hosted and where, then "ready". SIGTERM or Ctrl-C ends it after what is
+    queued has been answered.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    from symbiosis.executor.executor import Executor
+
+    console.quiet_libraries()
+    console.set_threads(threads)
+    urls = listen or [DEFAULT_URL]
+    _check_addresses(urls, allow_remote)
+    _check_device(device)
+    typer.echo(f"symbiosis {__version__}: loading {model}")
+    executor = Executor.load(
+        _name_of(model),
+        dtype=_torch_dtype(dtype),
+        device=device,
+        policy=policy.value,
+        training_share=training_share,
+        fetch=fetch.value,
+    )
+    with executor:
+        taken = executor.listen(urls)
+        _announce(executor, taken, f"{policy}, training share {training_share:g}, fetch {fetch}")
+        executor.wait()
+    raise SymbiosisError("the executor stopped by itself; its log above says why")
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends the command in order; a second signal ends it at once."""
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, signal.SIG_DFL)
+    raise SystemExit(0)
+
+
+def _check_addresses(urls: list[str], allow_remote: bool) -> None:
+    """Find out before minutes are spent on loading. Raises ConnectionFailed."""
+    from symbiosis.transport.sockets import Address
+
+    addresses = [Address.parse(url) for url in urls]
+    for address in addresses:
+        if not address.is_loopback and not allow_remote:
+            raise ConnectionFailed(
+                f"{address} can be reached from other machines, and there is neither encryption "
+                f"nor authentication yet; read `symbiosis serve --help` on --allow-remote"
+            )
+    for address in addresses:
+        _try(address)
+
+
+def _try(address: Address) -> None:
+    from symbiosis.transport.sockets import listen
+
+    listener, _ = listen(address)
+    listener.close()
+    if address.path is not None:
+        os.unlink(address.path)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SymbiosisError(f"--device {device}: this torch finds no usable CUDA device")
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise SymbiosisError(f"--device {device!r} is none; use cpu or cuda") from None
+
+
+def _name_of(model: str) -> str:
+    """A folder by its absolute path: clients write it into their adapters."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def _torch_dtype(dtype: Dtype) -> torch.dtype | None:
+    import torch
+
+    found = None if dtype is Dtype.auto else getattr(torch, dtype.value)
+    assert found is None or isinstance(found, torch.dtype)
+    return found
+
+
+def _announce(executor: Executor, urls: list[str], policy: str) -> None:
+    facts = executor.describe()
+    weights = f"{console.amount(_number(facts['parameters']))} parameters"
+    lines = {
+        "model": facts["model"],
+        "architecture": facts["architecture"],
+        "weights": f"{weights}, {console.size(_number(facts['bytes']))} in {facts['dtype']}",
+        "device": facts["device"],
+        "policy": policy,
+        "pid": facts["pid"],
+    }
+    for key, value in lines.items():
+        typer.echo(f"{key:<13}{value}")
+    for url in urls:
+        typer.echo(f"{'listening':<13}{url}")
+    typer.echo("ready")
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, (int, float))
+    return value

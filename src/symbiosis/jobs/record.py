@@ -1,0 +1,212 @@
+"""What a fine-tuning run leaves in its folder, while it goes on and afterwards.
+
+::
+
+    OUT/job.json              what decides the result; a resumed run must agree with it
+    OUT/progress.jsonl        one record per logged step, written at once
+    OUT/checkpoints/          checkpoint-STEP folders
+    OUT/adapter_*             the adapter, as peft loads it
+    OUT/curve.csv, curve.png  the learning curve
+    OUT/run.json              the outcome; there only when the run has finished
+
+Nothing is written outside the folder, and nothing in it is removed but these. Knows files; knows
+no torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from symbiosis.errors import SymbiosisError
+
+_FILES = (
+    "job.json",
+    "run.json",
+    "progress.jsonl",
+    "curve.csv",
+    "curve.png",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+)
+_CHECKPOINTS = "checkpoints"
+_LAST_WRITTEN = "trainer_state.json"  # a checkpoint with it is complete
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """One record of a run under way; what was not measured at this step is None."""
+
+    step: int
+    steps: int
+    loss: float | None = None
+    """Training loss, the mean since the last record, in nats per token."""
+    eval_loss: float | None = None
+    """Held-out loss, in nats per token."""
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens: int = 0
+    """Trained on so far, without padding."""
+    tokens_per_s: float = 0.0
+    """Since this process began to train; evaluations are not counted in."""
+    elapsed_s: float = 0.0
+    """Since the run began, over all its processes."""
+    eta_s: float | None = None
+
+
+class RunFolder:
+    """The folder of one run. Not for two processes at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / _CHECKPOINTS
+
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Refuse what must not be overwritten or cannot be resumed; changes nothing.
+
+        Raises SymbiosisError.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise SymbiosisError(f"{self.path} is a file; --out must be a folder")
+        if resume:
+            self._check_resumable()
+        elif self._holds_run() and not overwrite:
+            raise SymbiosisError(
+                f"{self.path} already holds a run: choose another --out, go on with --resume, "
+                f"or replace it with --overwrite"
+            )
+
+    def begin(self, job: Mapping[str, Any], *, resume: bool) -> None:
+        """Take the folder for a run that ``job`` describes, emptied of an earlier one.
+
+        When resuming, raises SymbiosisError that names what differs from the run in the folder.
+        """
+        if resume:
+            self._check_same(job)
+            return
+        self._clear()
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_json(self.path / "job.json", job)
+
+    def last_checkpoint(self) -> Path | None:
+        """The complete checkpoint with the highest step, or None."""
+        found = {}
+        for path in self.checkpoints.glob("checkpoint-*"):
+            match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+            if match and (path / _LAST_WRITTEN).is_file():
+                found[int(match[1])] = path
+        return found[max(found)] if found else None
+
+    def records(self) -> list[Progress]:
+        """What has been written so far; a line torn by a crash is left out."""
+        records = []
+        for line in self._progress_lines():
+            try:
+                records.append(Progress(**json.loads(line)))
+            except (ValueError, TypeError):
+                continue
+        return records
+
+    def rewind(self, step: int) -> list[Progress]:
+        """Forget the records after ``step``; those that are left."""
+        kept = [record for record in self.records() if record.step <= step]
+        lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in kept]
+        _replace(self.path / "progress.jsonl", "".join(lines))
+        return kept
+
+    def append(self, record: Progress) -> None:
+        """Write a record so that another process sees it at once."""
+        with (self.path / "progress.jsonl").open("a") as opened:
+            opened.write(json.dumps(dataclasses.asdict(record)) + "\n")
+
+    def write_curve(self) -> None:
+        """``curve.csv`` and ``curve.png`` from the records."""
+        records = self.records()
+        columns = ("step", "loss", "eval_loss", "learning_rate", "tokens_per_s", "elapsed_s")
+        with (self.path / "curve.csv").open("w", newline="") as opened:
+            writer = csv.writer(opened)
+            writer.writerow(columns)
+            writer.writerows([getattr(record, name) for name in columns] for record in records)
+        _draw(records, self.path / "curve.png")
+
+    def finish(self, report: Mapping[str, Any]) -> None:
+        """Write ``run.json``: the run is complete."""
+        _write_json(self.path / "run.json", report)
+
+    def _holds_run(self) -> bool:
+        return any((self.path / name).exists() for name in (*_FILES, _CHECKPOINTS))
+
+    def _check_resumable(self) -> None:
+        if not (self.path / "job.json").is_file():
+            raise SymbiosisError(f"{self.path} holds no run to resume; start it without --resume")
+        if (self.path / "run.json").is_file():
+            raise SymbiosisError(
+                f"the run in {self.path} is complete: there is nothing to resume; run it anew "
+                f"with --overwrite"
+            )
+
+    def _check_same(self, job: Mapping[str, Any]) -> None:
+        try:
+            before = json.loads((self.path / "job.json").read_text())
+        except ValueError as error:
+            raise SymbiosisError(f"{self.path / 'job.json'} is damaged: {error}") from None
+        now = json.loads(json.dumps(job, default=str))
+        differs = [
+            f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        ]
+        if differs:
+            raise SymbiosisError(
+                f"the run in {self.path} cannot be resumed as another one: {'; '.join(differs)}"
+            )
+
+    def _clear(self) -> None:
+        for name in _FILES:
+            (self.path / name).unlink(missing_ok=True)
+        if self.checkpoints.is_dir() and not self.checkpoints.is_symlink():
+            shutil.rmtree(self.checkpoints)
+
+    def _progress_lines(self) -> list[str]:
+        file = self.path / "progress.jsonl"
+        return file.read_text().splitlines() if file.exists() else []
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    _replace(path, json.dumps(values, indent=2, default=str) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """All or nothing, whenever the process ends."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text)
+    os.replace(fresh, path)
+
+
+def _draw(records: Sequence[Progress], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    train = [(r.step, r.loss) for r in records if r.loss is not None]
+    held_out = [(r.step, r.eval_loss) for r in records if r.eval_loss is not None]
+    if train:
+        axes.plot(*zip(*train, strict=True), label="training loss", linewidth=1)
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", label="held-out loss")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if train or held_out:
+        axes.legend()
+    FigureCanvasAgg(figure).print_png(str(path))
