@@ -31,6 +31,10 @@ from random import Random
 HANDS = 16  # the prompts are dealt to this many hands, and a seed picks from one of them
 
 
+def words(text: str) -> list[str]:
+    return text.split()
+
+
 # sql ----------------------------------------------------------------------------------------
 
 TABLES = {
@@ -48,15 +52,15 @@ COMPARISONS = {"above": ">", "below": "<", "equal to": "="}
 
 def sql(rng: Random) -> tuple[str, str]:
     table = rng.choice(list(TABLES))
-    words, numbers = TABLES[table]
-    first, second = rng.sample(words + numbers, 2)
+    texts, numbers = TABLES[table]
+    first, second = rng.sample(texts + numbers, 2)
     column, comparison = rng.choice(numbers), rng.choice(list(COMPARISONS))
     value = rng.randrange(2, 100)
     request = f"Get {first} and {second} of {table} with {column} {comparison} {value}"
     query = (
         f"SELECT {first}, {second} FROM {table} WHERE {column} {COMPARISONS[comparison]} {value}"
     )
-    order = rng.choice([None, *words])
+    order = rng.choice([None, *texts])
     if order:
         request += f", by {order}"
         query += f" ORDER BY {order}"
@@ -65,10 +69,12 @@ def sql(rng: Random) -> tuple[str, str]:
 
 # json ---------------------------------------------------------------------------------------
 
-PEOPLE = """Ada Alan Ann Ben Bob Carl Dan Don Ed Eric Eve Fred Grace Guido Jack Jane Jim Joe Ken
-Lee Mark Mary Max Mike Nick Paul Peter Rob Ron Sam Steve Ted Tim Tom Will""".split()
-PLACES = "Berlin Boston Dublin London Madrid Oslo Paris Prague Rome Texas India Italy Spain".split()
-WORK = "builder cook doctor helper manager player reader runner tester worker writer".split()
+PEOPLE = words(
+    "Ada Alan Ann Ben Bob Carl Dan Don Ed Eric Eve Fred Grace Guido Jack Jane Jim Joe Ken "
+    "Lee Mark Mary Max Mike Nick Paul Peter Rob Ron Sam Steve Ted Tim Tom Will"
+)
+PLACES = words("Berlin Boston Dublin London Madrid Oslo Paris Prague Rome Texas India Italy Spain")
+WORK = words("builder cook doctor helper manager player reader runner tester worker writer")
 
 
 def json_record(rng: Random) -> tuple[str, str]:
@@ -86,10 +92,10 @@ def json_record(rng: Random) -> tuple[str, str]:
 
 # log ----------------------------------------------------------------------------------------
 
-SERVERS = "mail web cache backup search queue index proxy".split()
-ACTIONS = "open read write close send remove update copy".split()
-TARGETS = "config data index cache lock session report archive message header".split()
-SUFFIXES = "txt db log xml json zip".split()
+SERVERS = words("mail web cache backup search queue index proxy")
+ACTIONS = words("open read write close send remove update copy")
+TARGETS = words("config data index cache lock session report archive message header")
+SUFFIXES = words("txt db log xml json zip")
 OUTCOMES = {
     "was able to {} {}": "INFO",
     "took too long to {} {}": "WARNING",
@@ -108,36 +114,36 @@ def log(rng: Random) -> tuple[str, str]:
 
 # unittest -----------------------------------------------------------------------------------
 
-FUNCTIONS: dict[str, tuple[str, Callable[[int], object]]] = {
-    "double": ("n", lambda n: 2 * n),
-    "triple": ("n", lambda n: 3 * n),
-    "next": ("n", lambda n: n + 1),
-    "previous": ("n", lambda n: n - 1),
-    "negate": ("n", lambda n: -n),
-    "half": ("n", lambda n: n // 2),
-    "even": ("n", lambda n: n % 2 == 0),
-    "odd": ("n", lambda n: n % 2 == 1),
-    "to_string": ("n", str),
-    "to_float": ("n", float),
-    "to_list": ("n", lambda n: [n]),
-    "digit": ("n", lambda n: n % 10),
+FUNCTIONS: dict[str, Callable[[int], object]] = {
+    "double": lambda n: 2 * n,
+    "triple": lambda n: 3 * n,
+    "next": lambda n: n + 1,
+    "previous": lambda n: n - 1,
+    "negate": lambda n: -n,
+    "half": lambda n: n // 2,
+    "even": lambda n: n % 2 == 0,
+    "odd": lambda n: n % 2 == 1,
+    "text": str,
+    "real": float,
+    "list": lambda n: [n],
+    "digit": lambda n: n % 10,
 }
 
 
 def unittest(rng: Random) -> tuple[str, str]:
     name = rng.choice(list(FUNCTIONS))
-    parameter, function = FUNCTIONS[name]
+    function = FUNCTIONS[name]
     cases = [(value, function(value)) for value in rng.sample(range(100), 2)]
     told = ", ".join(f"{value} gives {result!r}" for value, result in cases)
     lines = [f"self.assertEqual({name}({value}), {result!r})" for value, result in cases]
-    return f"{name}({parameter}): {told}.\n", "\n".join(lines)
+    return f"{name}(n): {told}.\n", "\n".join(lines)
 
 
 # html ---------------------------------------------------------------------------------------
 
-FIRST_WORDS = "First Last New Old Main Next Open Public User Simple Source Test Full".split()
-SECOND_WORDS = "page file list table report message index name value section archive event".split()
-CLASSES = "main small large long short simple plain special".split()
+FIRST_WORDS = words("First Last New Old Main Next Open Public User Simple Source Test Full")
+SECOND_WORDS = words("page file list table report message index name value section archive event")
+CLASSES = words("main small large long short simple plain special")
 
 
 def html(rng: Random) -> tuple[str, str]:

@@ -116,7 +116,7 @@ def docstring_chats(source: str) -> str:
         else:
             continue
         doc = inspect.cleandoc(ast.get_docstring(node) or "")
-        if not 40 <= len(doc) or len(subject) > 200:
+        if len(doc) < 40 or len(subject) > 200:
             continue
         if len(doc) > 500:
             doc = doc[: max(doc.rfind("\n", 0, 500), 0)].rstrip()
@@ -203,10 +203,14 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save it, with the names in its settings that transformers 4 knows as well as 5."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name every release knows
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["additional_special_tokens"] = [USER, ASSISTANT, SYSTEM]
+    config.pop("extra_special_tokens", None)
+    config.pop("backend", None)
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 

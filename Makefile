@@ -1,0 +1,39 @@
+# Everything a newcomer needs: each target sets up what it requires in .venv first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test check bench clean
+
+setup: $(STAMP)
+
+# torch first and by itself: the version is pinned, and everything else is resolved around it.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: setup  ## one executor, four fine-tuning clients, one streaming client
+	$(BIN)/python examples/demo.py
+
+test: setup  ## the test-suite
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+
+check: setup  ## lint, formatting, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup  ## the figures of the README; about 20 minutes on 2 cores
+	$(BIN)/python benchmarks/exactness.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/finetuning.py
+	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/table.py
+
+clean:
+	rm -rf $(VENV) build demo-out

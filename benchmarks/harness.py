@@ -1,0 +1,224 @@
+"""What every benchmark needs: models on disk, processes, memory, medians.
+
+A benchmark compares processes: one executor with its clients, and the same work as its users
+would do it without us. Workers run one unit of work per command, so that A and B alternate on an
+otherwise idle machine. Performance is measured here, never in a test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "build" / "bench-models"
+RESULTS = ROOT / "benchmarks" / "results"
+WORKER = Path(__file__).with_name("worker.py")
+
+LLAMA_110M = {
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+"""110 million parameters, 440 MB in fp32: the published GPT-2 small and TinyLlama in between."""
+
+
+def make_model(name: str, config: dict[str, Any]) -> Path:
+    """A Llama with random weights as an ordinary model folder; made once."""
+    folder = MODELS / name
+    if not (folder / "config.json").exists():
+        code = (
+            "import sys, json, torch; from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "torch.manual_seed(0)\n"
+            "LlamaForCausalLM(LlamaConfig(**json.loads(sys.argv[1]))).save_pretrained(sys.argv[2])"
+        )
+        subprocess.run([sys.executable, "-c", code, json.dumps(config), str(folder)], check=True)
+    return folder
+
+
+def environment(*, passive: bool) -> dict[str, str]:
+    """The environment of a measured process. ``passive``: OpenMP threads sleep while they wait,
+    as the `symbiosis` command arranges for itself; processes that share cores need it."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TOKENIZERS_PARALLELISM": "false"}
+    env.pop("OMP_WAIT_POLICY", None)
+    if passive:
+        env["OMP_WAIT_POLICY"] = "passive"
+    return env
+
+
+class Worker:
+    """A process that holds a model, whole or split, and runs units of work on command."""
+
+    def __init__(self, model: str, *, threads: int, passive: bool, seed: int = 0) -> None:
+        """``model``: a folder (the whole model in that process) or an executor's URL."""
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER), model, str(threads), str(seed)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(passive=passive),
+        )
+        self.pid = self._process.pid
+
+    def ready(self) -> Worker:
+        """Wait until the model is loaded."""
+        self._answer()
+        return self
+
+    def start(self, **command: Any) -> None:
+        """Begin a unit of work without waiting for it."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(command) + "\n")
+        self._process.stdin.flush()
+
+    def finish(self) -> dict[str, Any]:
+        """The outcome of the unit that was started."""
+        return self._answer()
+
+    def run(self, **command: Any) -> dict[str, Any]:
+        """One unit of work, start to end."""
+        self.start(**command)
+        return self.finish()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"worker {self.pid} ended with code {self._process.wait()}")
+        return json.loads(line)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running executor."""
+
+    unix: str
+    tcp: str
+    pid: int
+
+
+@contextmanager
+def executor(model: Path, *options: str) -> Iterator[Served]:
+    """``symbiosis serve`` in a process of its own, on a UNIX and a TCP address."""
+    with tempfile.TemporaryDirectory() as folder:
+        unix = f"unix://{folder}/base.sock"
+        log = Path(folder) / "log"
+        with log.open("w") as sink:
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "symbiosis.cli.main", "serve", str(model)),
+                    *("--listen", unix, "--listen", "tcp://127.0.0.1:0", *options),
+                ],
+                stdout=sink,
+                stderr=sink,
+                env=environment(passive=True),
+            )
+        try:
+            yield Served(unix, _tcp_url(process, log), process.pid)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _tcp_url(process: subprocess.Popen[bytes], log: Path) -> str:
+    while process.poll() is None:
+        text = log.read_text()
+        if "ready" in text:
+            return next(word for word in text.split() if word.startswith("tcp://127.0.0.1:"))
+        time.sleep(0.1)
+    raise RuntimeError(f"the executor did not start:\n{log.read_text()}")
+
+
+def pss_bytes(pids: Sequence[int]) -> int:
+    """Proportional set size over processes: shared pages are counted once in all."""
+    total = 0
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+    return total
+
+
+@contextmanager
+def peak_pss(pids: Sequence[int]) -> Iterator[Callable[[], int]]:
+    """Sample `pss_bytes` while the block runs; the yielded function returns the peak."""
+    done, peak = threading.Event(), [pss_bytes(pids)]
+
+    def sample() -> None:
+        while not done.wait(0.25):
+            peak[0] = max(peak[0], pss_bytes(pids))
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield lambda: peak[0]
+    finally:
+        done.set()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Repeated measurements of one quantity."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def spread(self) -> str:
+        """The median with the interquartile range."""
+        if len(self.values) < 4:
+            return f"{self.median:.3g} [{min(self.values):.3g}–{max(self.values):.3g}]"
+        low, _, high = statistics.quantiles(self.values, n=4)
+        return f"{self.median:.3g} [{low:.3g}–{high:.3g}]"
+
+
+def ratio(ours: Sample, theirs: Sample) -> Sample:
+    """Pairwise ratios of alternated runs."""
+    return Sample(tuple(a / b for a, b in zip(ours.values, theirs.values, strict=True)))
+
+
+def save(name: str, result: dict[str, Any]) -> None:
+    """Write a benchmark's figures with where and when they were measured."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, {_cpu_model()}"
+    where = {"commit": commit, "date": str(date.today()), "machine": machine}
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({**where, **result}, indent=1, ensure_ascii=False) + "\n")
+    print(f"→ {path.relative_to(ROOT)}")
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return "unknown CPU"

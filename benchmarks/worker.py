@@ -1,0 +1,112 @@
+"""One process of a benchmark: a model, whole or split, and units of work on command.
+
+``worker.py MODEL THREADS SEED``: MODEL is a folder or an executor's URL. Commands are JSON lines
+on standard input, outcomes JSON lines on standard output; the end of input ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import symbiosis
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "lora": lambda: LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "lora8": lambda: LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    "ia3": lambda: IA3Config(task_type="CAUSAL_LM"),
+    "prefix": lambda: PrefixTuningConfig(num_virtual_tokens=16, task_type="CAUSAL_LM"),
+}
+
+
+class Work:
+    """The model and what can be done with it; every unit returns JSON."""
+
+    def __init__(self, source: str, seed: int) -> None:
+        torch.manual_seed(seed)
+        self._session: symbiosis.Session | None = None
+        self._adapted: PeftModel | None = None
+        if "://" in source:
+            self._session = symbiosis.connect(source, name=f"bench-{seed}")
+            self._model: PreTrainedModel = self._session.model()
+        else:
+            self._model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        self._model.eval()
+        self._vocabulary = self._model.config.vocab_size
+
+    def adapt(self, method: str) -> dict[str, Any]:
+        """Wrap the model with an adapter and an optimizer."""
+        self._model.requires_grad_(False)
+        self._adapted = get_peft_model(self._model, METHODS[method]())
+        trainable = [p for p in self._adapted.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(trainable, 1e-4)
+        return {"trainable": sum(p.numel() for p in trainable)}
+
+    def decode(self, tokens: int, context: int) -> dict[str, Any]:
+        """Greedy decoding after a prompt; tokens/s of the decoding alone."""
+        model = self._adapted or self._model
+        with torch.no_grad():
+            out = model(self._ids(1, context), use_cache=True, logits_to_keep=1)
+            started_s = time.perf_counter()
+            for _ in range(tokens):
+                token = out.logits[:, -1:].argmax(-1)
+                out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        return self._rate(tokens, started_s)
+
+    def prefill(self, context: int) -> dict[str, Any]:
+        """One forward pass over a prompt, logits of its last token."""
+        ids = self._ids(1, context)
+        started_s = time.perf_counter()
+        with torch.no_grad():
+            self._model(ids, logits_to_keep=1)
+        return self._rate(context, started_s)
+
+    def train(self, steps: int, batch: int, context: int) -> dict[str, Any]:
+        """Optimizer steps on random tokens."""
+        assert self._adapted is not None
+        self._adapted.train()
+        started_s = time.perf_counter()
+        for _ in range(steps):
+            ids = self._ids(batch, context)
+            self._adapted(ids, labels=ids).loss.backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        return self._rate(steps * batch * context, started_s)
+
+    def stats(self) -> dict[str, Any]:
+        """What the session has cost so far; empty for a whole model."""
+        if self._session is None:
+            return {}
+        stats = self._session.stats()
+        return {name: getattr(stats, name) for name in stats.__dataclass_fields__}
+
+    def _ids(self, batch: int, context: int) -> torch.Tensor:
+        return torch.randint(0, self._vocabulary, (batch, context))
+
+    def _rate(self, tokens: int, started_s: float) -> dict[str, Any]:
+        elapsed_s = time.perf_counter() - started_s
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"tokens_per_s": tokens / elapsed_s, "elapsed_s": elapsed_s, "peak_rss": peak}
+
+
+def main() -> None:
+    source, threads, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(threads)
+    work = Work(source, seed)
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        outcome = getattr(work, command.pop("do"))(**command)
+        print(json.dumps(outcome), flush=True)
+
+
+if __name__ == "__main__":
+    main()
