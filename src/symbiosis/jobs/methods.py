@@ -44,7 +44,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "PREFIX_TUNING": {"num_virtual_tokens": 20},
     "PROMPT_TUNING": {"num_virtual_tokens": 20},
     "P_TUNING": {"num_virtual_tokens": 20},
-    "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 20},
     "CARTRIDGE": {"num_virtual_tokens": 20},
     "ADAPTION_PROMPT": {"adapter_len": 10, "adapter_layers": 1},
 }
@@ -55,7 +54,6 @@ _LEARNING_RATES = {
     "LN_TUNING": 1e-3,
     "PREFIX_TUNING": 1e-2,
     "PROMPT_TUNING": 3e-2,
-    "MULTITASK_PROMPT_TUNING": 3e-2,
     "P_TUNING": 1e-3,
     "CARTRIDGE": 1e-2,
     "ADAPTION_PROMPT": 9e-3,
@@ -64,6 +62,15 @@ _LEARNING_RATES = {
 """In the range of each method's paper: the fewer the parameters, the larger the steps."""
 
 _LEARNING_RATE = 2e-4
+
+_OUT_OF_REACH = {
+    "POLY": "it wants a task number with every example, and data sets here have none",
+    "MULTITASK_PROMPT_TUNING": (
+        "it wants a task number with every example, and data sets here have none"
+    ),
+    "XLORA": "it mixes adapters that are trained already; train them with lora",
+}
+"""Methods of peft that a data set of texts cannot train."""
 
 _OURS = {
     "peft_type",
@@ -124,9 +131,12 @@ def friendly(peft_type: str) -> str:
 def resolve(name: str, options: Options | None = None) -> Method:
     """The method called ``name``, with its defaults and the user's ``options`` on top.
 
-    Raises MethodError for an unknown name, an unknown option or one that peft refuses.
+    Raises MethodError for an unknown name, an unknown option or one that peft refuses, and for
+    a method that cannot be trained on texts alone.
     """
     peft_type, implied = _find(name)
+    if peft_type in _OUT_OF_REACH:
+        raise MethodError(f"{friendly(peft_type)} cannot be used: {_OUT_OF_REACH[peft_type]}")
     given = dict(options or {})
     known = option_names(peft_type)
     for key in given:
