@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 from symbiosis.client.session import PriorityName, Session
-from symbiosis.executor.executor import Executor
 from symbiosis.transport.sockets import Address, SocketChannel
+
+if TYPE_CHECKING:
+    from symbiosis.executor.executor import Executor
 
 
 def connect(
@@ -25,7 +28,7 @@ def connect(
 
     Raises ConnectionFailed, ProtocolError.
     """
-    if isinstance(base, Executor):
+    if not isinstance(base, str):
         return Session(base.open_channel, "inproc", name=name, priority=priority)
     url = str(Address.parse(base))
     opener = functools.partial(SocketChannel, url, timeout_s=timeout_s)

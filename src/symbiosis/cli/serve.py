@@ -13,7 +13,7 @@ import typer
 
 from symbiosis import __version__
 from symbiosis.cli import console
-from symbiosis.errors import ConnectionFailed, ModelError, SymbiosisError
+from symbiosis.errors import ConnectionFailed, SymbiosisError
 
 if TYPE_CHECKING:
     import torch
@@ -96,8 +96,6 @@ def serve(
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    from safetensors import SafetensorError
-
     from symbiosis.executor.executor import Executor
 
     console.quiet_libraries()
@@ -106,17 +104,14 @@ def serve(
     _check_addresses(urls, allow_remote)
     _check_device(device)
     typer.echo(f"symbiosis {__version__}: loading {model}")
-    try:
-        executor = Executor.load(
-            _name_of(model),
-            dtype=_torch_dtype(dtype),
-            device=device,
-            policy=policy.value,
-            training_share=training_share,
-            fetch=fetch.value,
-        )
-    except SafetensorError as error:
-        raise ModelError(f"cannot host {model!r}: a damaged weight file: {error}") from None
+    executor = Executor.load(
+        _name_of(model),
+        dtype=_torch_dtype(dtype),
+        device=device,
+        policy=policy.value,
+        training_share=training_share,
+        fetch=fetch.value,
+    )
     with executor:
         taken = executor.listen(urls)
         _announce(executor, taken, f"{policy}, training share {training_share:g}, fetch {fetch}")

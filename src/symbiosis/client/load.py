@@ -18,7 +18,6 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-import symbiosis.client.operations  # noqa: F401  fills the tables of remote_weight
 from symbiosis.client.remote_weight import RemoteWeight
 from symbiosis.client.session import Session, WeightInfo
 from symbiosis.errors import ModelError
@@ -31,7 +30,7 @@ def build_model(
 ) -> PreTrainedModel:
     """See `Session.model`."""
     folder = session.model_folder()
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     dtype = dtype or getattr(torch, str(session.welcome["dtype"]))
     model = _on_meta(_class_for(session, config, auto_class), config, dtype)
     filler = _Filler(session, model, device, dtype)
@@ -100,7 +99,9 @@ class _Filler:
         if not missing:
             return
         logger.warning("not hosted, initialised here and trainable: %s", ", ".join(missing))
-        self._model._is_hf_initialized = False
+        for module in self._model.modules():
+            own = module.parameters(recurse=False)
+            module._is_hf_initialized = not any(p.requires_grad for p in own)
         self._model.initialize_weights()
 
     def _fill(self, path: str, module: nn.Module) -> Iterator[str]:

@@ -160,15 +160,14 @@ def _set_data(self: Any, value: Any) -> Any:
     return None
 
 
-def _in_place(name: str) -> Any:
-    """``w += x`` on a remote weight: the outcome is a new local tensor, as in ``w.data += x``."""
-
-    def apply(self: Any, other: Any) -> Any:
-        if type(self) is not RemoteWeight:
-            return NotImplemented
-        return getattr(self.fetch(f"an in-place {name}").clone(), f"__i{name}__")(other)
-
-    return apply
+def _get_data(self: Any) -> Any:
+    """``w.data``: the same weight, which remembers where it came from, so that it can be
+    changed in place (``w.data += x``)."""
+    if type(self) is not RemoteWeight:
+        return NotImplemented
+    alias = self.cast(self.dtype, self.device)
+    alias._origin = self
+    return alias
 
 
 FUNCTIONS.update(
@@ -184,9 +183,7 @@ FUNCTIONS.update(
         Tensor.requires_grad_: _requires_grad_,
         Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
         Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
-        Tensor.__iadd__: _in_place("add"),
-        Tensor.__isub__: _in_place("sub"),
-        Tensor.__imul__: _in_place("mul"),
+        Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]
     }
 )
 
@@ -369,6 +366,14 @@ def _aten_to_copy(func: Any, args: Any, kwargs: Any) -> Any:
     return weight.cast(dtype, torch.device(device))
 
 
+def _aten_copy_(func: Any, args: Any, kwargs: Any) -> Any:
+    """Copying the numbers out reads them; copying into a frozen weight is refused."""
+    target, source = args[:2]
+    if isinstance(target, RemoteWeight):
+        return NotImplemented
+    return func(target, source._numbers("copy_"), *args[2:])
+
+
 def _aten_like(func: Any, args: Any, kwargs: Any) -> Any:
     """``zeros_like``, ``randn_like``, ...: an ordinary local tensor."""
     weight = args[0]
@@ -415,6 +420,7 @@ ATEN.update(
         aten.lift_fresh.default: _aten_alias,
         aten.clone.default: _aten_clone,
         aten._to_copy.default: _aten_to_copy,
+        aten.copy_.default: _aten_copy_,
         aten.zeros_like.default: _aten_like,
         aten.ones_like.default: _aten_like,
         aten.empty_like.default: _aten_like,
@@ -450,7 +456,8 @@ READS.update(
         aten.index_select.default,
         aten.index.Tensor,
         aten.gather.default,
-        aten.copy_.default,
+        aten.index_copy.default,
+        aten.scatter_add.default,
         aten.all.default,
         aten.any.default,
         aten.equal.default,
@@ -463,7 +470,6 @@ READS.update(
         aten.argmin.default,
         aten.triu.default,
         aten.tril.default,
-        aten.diagonal.default,
         aten.repeat.default,
         aten.constant_pad_nd.default,
     }

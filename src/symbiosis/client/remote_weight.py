@@ -41,6 +41,7 @@ class RemoteWeight(Tensor):
     _recipe: Recipe
     _like: Tensor  # on the meta device: shape, strides, dtype
     _is_param: bool  # torch's mark of a Parameter of a custom tensor type
+    _origin: RemoteWeight | None = None  # the parameter whose ``.data`` this is
 
     @staticmethod
     def __new__(
@@ -78,10 +79,14 @@ class RemoteWeight(Tensor):
         return RemoteWeight(self._session, self._weight, self._recipe, self._like.to(dtype), device)
 
     def fetch(self, why: str) -> Tensor:
-        """The numbers: a local tensor like this one, which must not be changed in place.
+        """The numbers: a local tensor like this one, the caller's own.
 
         Raises FetchRefused if the executor keeps its weights to itself.
         """
+        return self._numbers(why).clone()
+
+    def _numbers(self, why: str) -> Tensor:
+        """Like `fetch`, but shared with other readers and not to be changed."""
         tensor = look(self._session.fetch(self._weight, why), self._recipe)
         return tensor.to(device=self.device, dtype=self.dtype)
 
@@ -90,7 +95,7 @@ class RemoteWeight(Tensor):
 
         Needed before it can be trained or changed (``modules_to_save``, merging). Fetches.
         """
-        self.become(self.fetch(why).clone())
+        self.become(self.fetch(why))
 
     def become(self, values: Tensor) -> None:
         """Turn this very parameter into a local, frozen one that holds ``values``."""
@@ -129,6 +134,8 @@ class RemoteWeight(Tensor):
             found = handler(*args, **kwargs) if kwargs else handler(*args)
             if found is not NotImplemented:
                 return found
+        if args and type(args[0]) is RemoteWeight and _changes(func):
+            return _change(func, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs) if kwargs else func(*args)
 
@@ -152,9 +159,32 @@ class RemoteWeight(Tensor):
         )
 
 
+_HARMLESS = {"requires_grad_", "detach_", "share_memory_"}
+
+
+def _changes(func: Any) -> bool:
+    """Does a tensor method change its first argument? ``add_`` does, and ``w[i] = x``."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
+    return in_place or name == "__setitem__"
+
+
+def _change(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A parameter, or its ``.data``, is changed in place: it becomes local first."""
+    weight = args[0]
+    target = weight if getattr(weight, "_is_param", False) else weight._origin
+    if target is None:
+        raise UnsupportedOperation(
+            f"{func.__name__} would change a view of the frozen weight {weight.weight_name}; "
+            f"change the parameter itself or its .data, and it becomes a local one"
+        )
+    target.localise(f"an in-place {func.__name__}")
+    return func(target if target is weight else target.data, *args[1:], **kwargs)
+
+
 def _fetched(value: Any, why: str) -> Any:
     if isinstance(value, RemoteWeight):
-        return value.fetch(why)
+        return value._numbers(why)
     if isinstance(value, (tuple, list)):
         return type(value)(_fetched(item, why) for item in value)
     if isinstance(value, dict):

@@ -7,15 +7,18 @@ asked for and allowed, and builds models. Knows channels; knows no sockets.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import logging
 import os
+import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -24,7 +27,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from symbiosis.client.groups import InputGroups
-from symbiosis.errors import ConnectionLost, ProtocolError, SymbiosisError
+from symbiosis.errors import ConnectionLost, ModelError, ProtocolError, SymbiosisError
 from symbiosis.transport.channel import Channel
 from symbiosis.wire.exchange import NO_BIAS, Exchange, Op, Priority
 from symbiosis.wire.frames import VERSION, Json
@@ -110,7 +113,6 @@ class Session:
         self._hello: Json = {
             "protocol": VERSION,
             "client": name or f"client-{os.getpid()}-{next(_serial)}",
-            "pid": os.getpid(),
         }
         self._lock = threading.RLock()
         self._channel: Channel | None = None
@@ -120,11 +122,12 @@ class Session:
         self._groups = InputGroups()
         self._ahead: _Ahead | None = None
         self._fetched: dict[int, Tensor] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        welcome = self._open().welcome
-        self.welcome = welcome
-        self.weights = _weight_table(welcome)
-        self.biases = _bias_table(welcome)
+        self._folder: Path | None = None
+        self._remove_folder: weakref.finalize[[Path, int], Session] | None = None
+        self.weights: dict[int, WeightInfo] = {}
+        self.welcome = self._open().welcome
+        self.weights = _weight_table(self.welcome)
+        self.biases = _bias_table(self.welcome)
 
     # Models
 
@@ -148,17 +151,21 @@ class Session:
         """The tokenizer that the executor ships with the model."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.model_folder())
+        return AutoTokenizer.from_pretrained(self.model_folder(), trust_remote_code=False)
 
     def model_folder(self) -> Path:
         """A local folder with the configuration and tokenizer files, without weights; it is
         removed when the session is closed."""
         with self._lock:
             if self._folder is None:
-                self._folder = tempfile.TemporaryDirectory(prefix="symbiosis-")
                 answer, payload = self._request({"get": "files"})
-                _write_files(Path(self._folder.name), answer, payload)
-            return Path(self._folder.name)
+                files = _files(answer, payload.numpy().tobytes())
+                folder = Path(tempfile.mkdtemp(prefix="symbiosis-"))
+                self._remove_folder = weakref.finalize(self, _remove, folder, os.getpid())
+                for name, data in files.items():
+                    (folder / name).write_bytes(data)
+                self._folder = folder
+            return self._folder
 
     def shipped(self) -> dict[str, Tensor]:
         """Small parameters and buffers that live with the client, by name; fresh copies."""
@@ -200,7 +207,7 @@ class Session:
         x = x.detach().contiguous()
         member = (op, weight, recipe, bias)
         with self._lock:
-            if not forward or recipe:
+            if not forward or recipe or x.is_inference():  # inference tensors have no version
                 return self._exchange(op, (weight,), (bias,), recipe, (), (x,), forward)[0]
             input_key = (x.data_ptr(), x._version, x.shape, x.dtype)
             found = self._from_ahead(input_key, member)
@@ -258,9 +265,9 @@ class Session:
             self._closed = True
             self._drop_channel()
             self._ahead = None
-            if self._folder is not None:
-                self._folder.cleanup()
-                self._folder = None
+            if self._remove_folder is not None:
+                self._remove_folder()
+            self._folder = None
 
     def __enter__(self) -> Session:
         return self
@@ -312,13 +319,8 @@ class Session:
         )
         channel = self._open()
         started_s = time.perf_counter()
-        try:
+        with self._dropping():
             result = channel.exchange(exchange)
-        except SymbiosisError:
-            raise
-        except BaseException:  # interrupted: an answer may still be under way on this channel
-            self._drop_channel()
-            raise
         c = self._counters
         c.wait_s += time.perf_counter() - started_s
         c.exchanges += 1
@@ -343,14 +345,37 @@ class Session:
 
     def _request(self, question: Json) -> tuple[Json, Tensor]:
         with self._lock:
-            return self._open().request(question)
+            channel = self._open()
+            with self._dropping():
+                return channel.request(question)
+
+    @contextlib.contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """After a refusal the channel is in order. After anything else (it is lost, out of step,
+        or we were interrupted while an answer was under way) the next use opens a new one."""
+        try:
+            yield
+        except (ConnectionLost, ProtocolError):
+            self._drop_channel()
+            raise
+        except SymbiosisError:
+            raise
+        except BaseException:
+            self._drop_channel()
+            raise
 
     def _open(self) -> Channel:
         if self._closed:
             raise ConnectionLost(f"this session with {self.url} is closed; call connect() again")
         if self._channel is None or self._channel_pid != os.getpid():
-            self._channel = self._opener(self._hello)
-            self._channel_pid = os.getpid()
+            channel = self._opener({**self._hello, "pid": os.getpid()})
+            if self.weights and _weight_table(channel.welcome) != self.weights:
+                channel.close()
+                raise ModelError(
+                    f"{self.url} no longer hosts {self.welcome.get('model')} but "
+                    f"{channel.welcome.get('model')}: connect anew and build the model again"
+                )
+            self._channel, self._channel_pid = channel, os.getpid()
         return self._channel
 
     def _drop_channel(self) -> None:
@@ -377,13 +402,22 @@ def _bias_table(welcome: Json) -> dict[str, int]:
     return {str(k): int(v) for k, v in biases.items()} if isinstance(biases, dict) else {}
 
 
-def _write_files(folder: Path, answer: Json, payload: Tensor) -> None:
+def _remove(folder: Path, owner_pid: int) -> None:
+    """A forked child must not remove its parent's folder."""
+    if os.getpid() == owner_pid:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _files(answer: Json, data: bytes) -> dict[str, bytes]:
     sizes = answer.get("files")
-    if not isinstance(sizes, dict):
-        raise ProtocolError("the executor sent no list of files")
-    data, at = payload.numpy().tobytes(), 0
+    if not isinstance(sizes, dict) or not all(isinstance(s, int) for s in sizes.values()):
+        raise ProtocolError("the executor sent no list of files with their sizes")
+    if sum(sizes.values()) != len(data) or any(size < 0 for size in sizes.values()):
+        raise ProtocolError("the executor's files do not have the sizes that it gave")
+    files, at = {}, 0
     for name, size in sizes.items():
-        if Path(name).name != name:
+        if name in ("", ".", "..") or Path(name).name != name:
             raise ProtocolError(f"the executor sent a file named {name!r}; plain names only")
-        (folder / name).write_bytes(data[at : at + size])
+        files[name] = data[at : at + size]
         at += size
+    return files

@@ -153,6 +153,10 @@ class Engine:
         """A batch that fails is tried again one by one: one client's failure stays its own."""
         try:
             return list(batch.compute(exchanges, self.weights))
+        except SymbiosisError as error:
+            if len(exchanges) == 1:
+                return [error]
+            return [self._compute([exchange])[0] for exchange in exchanges]
         except _FAILURES as error:
             if len(exchanges) > 1:
                 return [self._compute([exchange])[0] for exchange in exchanges]

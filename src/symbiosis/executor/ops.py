@@ -23,6 +23,8 @@ from symbiosis.wire.tensors import ITEM_BYTES
 _INTEGERS = (torch.int64, torch.int32)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+_MOST_ELEMENTS = 1 << 48  # counting dimensions of 0 as 1, so that strides cannot overflow
+
 
 class Plan(NamedTuple):
     """What `check` found out about an exchange."""
@@ -37,12 +39,12 @@ def check(exchange: Exchange, weights: Weights) -> Plan:
 
     Raises UnknownWeight, InvalidInput, ProtocolError (malformed recipe or parameters).
     """
-    views = [weights.view(weight, exchange.recipe) for weight in exchange.weights]
-    for bias, view in zip(exchange.biases, views, strict=True):
-        if bias != NO_BIAS:
-            _check_bias(exchange, weights, bias, view)
     _check_tensors(exchange)
+    views = [weights.like(weight, exchange.recipe) for weight in exchange.weights]
     shapes = [_result_shape(exchange, view) for view in views]
+    for bias, shape in zip(exchange.biases, shapes, strict=True):
+        if bias != NO_BIAS:
+            _check_bias(exchange, weights, bias, shape)
     spec = exchange.specs[0]
     item = ITEM_BYTES[weights.dtype if exchange.op is Op.EMBEDDING else spec.dtype]
     joinable = exchange.op in (Op.LINEAR, Op.MATMUL, Op.EMBEDDING)
@@ -66,7 +68,7 @@ def run(
 def check_values(exchange: Exchange, weights: Weights) -> None:
     """Values that would make a kernel read out of bounds; raises InvalidInput."""
     if exchange.op is Op.EMBEDDING:
-        size = weights.view(exchange.weights[0], exchange.recipe).shape[0]
+        size = min(weights.like(weight, exchange.recipe).shape[0] for weight in exchange.weights)
         ids = exchange.tensors[0]
         if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
             raise InvalidInput(
@@ -75,8 +77,9 @@ def check_values(exchange: Exchange, weights: Weights) -> None:
     elif exchange.op is Op.GROUPED_MATMUL:
         rows = exchange.specs[0].shape[0]
         offsets = exchange.tensors[1].tolist()
-        if any(a > b for a, b in zip([0, *offsets], [*offsets, rows], strict=True)):
-            raise InvalidInput(f"expert offsets {offsets} do not rise from 0 to {rows} rows")
+        rise = all(a <= b for a, b in zip([0, *offsets], offsets, strict=False))
+        if not rise or offsets[-1] != rows:  # rows of no expert would not be computed
+            raise InvalidInput(f"expert offsets {offsets} do not rise to {rows} rows")
 
 
 def _offender(ids: torch.Tensor, size: int) -> int:
@@ -87,15 +90,20 @@ def _bias(weights: Weights, bias: int) -> torch.Tensor | None:
     return None if bias == NO_BIAS else weights.bias(bias)
 
 
-def _check_bias(exchange: Exchange, weights: Weights, bias: int, view: torch.Tensor) -> None:
+def _check_bias(
+    exchange: Exchange, weights: Weights, bias: int, result_shape: tuple[int, ...]
+) -> None:
     if exchange.op not in (Op.LINEAR, Op.MATMUL, Op.CONVOLUTION):
         raise InvalidInput(f"{exchange.op.name.lower()} takes no bias")
-    size = view.shape[1 if exchange.op is Op.MATMUL and view.dim() == 2 else 0]
-    if exchange.op is not Op.CONVOLUTION and weights.bias(bias).shape[0] != size:
-        raise InvalidInput(f"bias {bias} does not fit a weight of shape {list(view.shape)}")
+    channels = 1 if exchange.op is Op.CONVOLUTION else -1
+    if weights.bias(bias).shape[0] != result_shape[channels]:
+        raise InvalidInput(f"bias {bias} does not fit a result of shape {list(result_shape)}")
 
 
 def _check_tensors(exchange: Exchange) -> None:
+    for spec in exchange.specs:
+        if math.prod(max(dim, 1) for dim in spec.shape) > _MOST_ELEMENTS:
+            raise InvalidInput(f"a tensor of {spec} is beyond any memory")
     expected = 2 if exchange.op is Op.GROUPED_MATMUL else 1
     if len(exchange.specs) != expected:
         raise InvalidInput(
@@ -163,19 +171,35 @@ def _convolution_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...
     """torch's own shape rules, on the meta device: nothing is computed or allocated."""
     x, w = exchange.specs[0], view.to("meta")
     params, input_shape = _convolution_params(exchange.params)
+    forward = exchange.op is Op.CONVOLUTION
+    shape = x.shape if forward else input_shape
+    _check_convolution(params, shape, tuple(w.shape))
     try:
-        if exchange.op is Op.CONVOLUTION:
-            return tuple(
-                _convolution(
-                    torch.empty(x.shape, device="meta", dtype=w.dtype), w, None, params
-                ).shape
-            )
-        out = _convolution(torch.empty(input_shape, device="meta", dtype=w.dtype), w, None, params)
+        out = tuple(_convolution(w.new_empty(shape), w, None, params).shape)
     except (RuntimeError, ValueError, TypeError) as error:
         raise InvalidInput(f"convolution of input {x}: {error}") from None
-    if tuple(out.shape) != x.shape:
-        raise InvalidInput(f"a gradient of shape {list(x.shape)} for an output {list(out.shape)}")
+    if forward:
+        return out
+    if out != x.shape:
+        raise InvalidInput(f"a gradient of shape {list(x.shape)} for an output {list(out)}")
     return input_shape
+
+
+def _check_convolution(
+    params: ConvolutionParams, shape: tuple[int, ...], w: tuple[int, ...]
+) -> None:
+    """What torch's shape rules leave to the kernel, or answer by dividing by zero."""
+    dims = len(params.stride) + 2
+    positive = min(*params.stride, *params.dilation, params.groups) > 0
+    least = min(*params.padding, *params.output_padding) >= 0
+    if len(shape) != dims or len(w) != dims or not positive or not least:
+        raise InvalidInput(f"convolution of {list(shape)} with {list(w)} and {params}")
+    channels = w[0] if params.transposed else w[1] * params.groups
+    if shape[1] != channels or w[0] % params.groups or min(shape[1:]) < 1:
+        raise InvalidInput(
+            f"convolution of {list(shape)}: a weight of {list(w)} in {params.groups} groups "
+            f"takes {channels} channels"
+        )
 
 
 def _convolution(
@@ -205,7 +229,8 @@ def _run_one(
         case Op.LINEAR:
             y = F.linear(x, w, bias)
         case Op.MATMUL if bias is not None:
-            y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], w.shape[1])
+            y = x.new_empty(*x.shape[:-1], w.shape[1])
+            torch.addmm(bias, x.reshape(-1, x.shape[-1]), w, out=y.view(-1, w.shape[1]))
         case Op.MATMUL:
             y = torch.matmul(x, w)
         case Op.BATCHED_MATMUL:

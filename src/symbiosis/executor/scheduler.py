@@ -52,7 +52,8 @@ class Scheduler:
       first, and every waiting request for the same weight and operation joins it. Nobody waits
       for anybody.
     - ``lockstep``: hold until every client that is at work has a request waiting, then run the
-      fullest batch; what mLoRA does, and what a barrier costs. The hold is bounded.
+      fullest batch; what mLoRA does, and what a barrier costs. The hold is bounded, and a client
+      that is never in the fullest batch gets its turn after as many batches as there are clients.
     - ``none``: no batching, for comparison.
 
     Interactive requests go before training ones, except that while both wait, training is owed
@@ -93,7 +94,7 @@ class Scheduler:
         queue = self._queues.get(client)
         if queue is None:
             queue = self._queues[client] = deque()
-            self._last_served.setdefault(client, 0)
+            self._last_served.setdefault(client, self._serial)
         queue.append(request)
         self._last_seen_s[client] = request.arrived_s
 
@@ -146,7 +147,10 @@ class Scheduler:
             sizes: dict[Hashable, int] = {}
             for head in heads:
                 sizes[head.key] = sizes.get(head.key, 0) + 1
-            return min(heads, key=lambda head: (-sizes[head.key], self._turn(head)))
+            fullest = min(heads, key=lambda head: (-sizes[head.key], self._turn(head)))
+            oldest = min(heads, key=self._turn)
+            passed_over = self._serial - self._last_served[oldest.client]
+            return oldest if passed_over > len(self._queues) else fullest
         return min(heads, key=self._turn)
 
     def _turn(self, head: Request) -> tuple[int, float, int]:

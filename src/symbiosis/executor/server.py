@@ -7,12 +7,14 @@ sockets and frames; what an exchange means is the engine's business.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import selectors
 import socket
 import threading
 from collections import deque
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -69,6 +71,7 @@ class Server:
         self._woken.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._from_other_threads: deque[tuple[_Connection, int, Result | SymbiosisError]] = deque()
+        self._resumable: set[_Connection] = set()
         self._stopping = False
         self._thread = threading.get_ident()
         try:
@@ -98,7 +101,8 @@ class Server:
     def stop(self) -> None:
         """Ask `run` to finish; from any thread."""
         self._stopping = True
-        self._waker.send(b"\0")
+        with contextlib.suppress(OSError):  # it has stopped already
+            self._waker.send(b"\0")
 
     def reply(
         self, connection: _Connection, request: int, outcome: Result | SymbiosisError
@@ -109,6 +113,10 @@ class Server:
         else:
             self._from_other_threads.append((connection, request, outcome))
             self._waker.send(b"\0")
+
+    def resume(self, connection: _Connection) -> None:
+        """A connection that held frames back can take them now."""
+        self._resumable.add(connection)
 
     def closed(self, connection: _Connection) -> None:
         """A connection has ended: release what it held."""
@@ -135,6 +143,8 @@ class Server:
         while self._from_other_threads:
             connection, request, outcome = self._from_other_threads.popleft()
             connection.answer(request, outcome)
+        while self._resumable:
+            self._resumable.pop().resume()
 
     def _drain_waker(self) -> None:
         try:
@@ -180,20 +190,35 @@ class _Connection:
         self._outbox: deque[memoryview] = deque()
         self._in_flight = 0
         self._events = selectors.EVENT_READ
+        self._held_back = False  # frames wait in the reader until answers are taken
         self._closed = False
 
     def ready(self, events: int) -> None:
         """The socket can be read, or written again."""
-        try:
+        with self._contained():
             if events & selectors.EVENT_WRITE:
                 self._flush()
             if events & selectors.EVENT_READ and not self._closed:
                 self._read()
+
+    def resume(self) -> None:
+        """Go on with frames that were held back."""
+        with self._contained():
+            self._work()
+
+    @contextlib.contextmanager
+    def _contained(self) -> Iterator[None]:
+        """Whatever goes wrong with one connection ends that connection and no other."""
+        try:
+            yield
         except ProtocolError as error:
             logger.warning("client %s broke the protocol: %s", self._client, error)
             self.fail(error)
         except OSError:  # reset by the peer
             self.close()
+        except Exception:
+            logger.exception("client %s: internal error; its connection is closed", self._client)
+            self.fail(SymbiosisError("internal error in the executor; its log says more"))
 
     def answer(self, request: int, outcome: Result | SymbiosisError) -> None:
         """An exchange has been computed or refused."""
@@ -209,6 +234,8 @@ class _Connection:
             parts = exchange_parts(Kind.RESULT, request, meta, specs, tensors)
             self._count(bytes_out=sum(map(len, parts)))
             self._send(parts)
+        if self._held_back:
+            self._server.resume(self)
         self._update_events()
 
     def fail(self, error: SymbiosisError) -> None:
@@ -222,6 +249,7 @@ class _Connection:
         if self._closed:
             return
         self._closed = True
+        self._held_back = False
         self._server.watch(self, 0)
         self.socket.close()
         self._outbox.clear()
@@ -237,7 +265,19 @@ class _Connection:
         if not received:
             self.close()
             return
-        for frame in self._reader.advance(received):
+        self._reader.received(received)
+        self._work()
+
+    def _work(self) -> None:
+        """Handle the frames that are there, as long as their answers are taken."""
+        self._held_back = False
+        while not self._closed:
+            if self._outbox or self._in_flight >= MAX_IN_FLIGHT:
+                self._held_back = True
+                break
+            frame = self._reader.next()
+            if frame is None:
+                break
             if isinstance(frame, Rejected):
                 self._refuse(frame)
             else:
@@ -326,12 +366,14 @@ class _Connection:
                 self._outbox.popleft()
             else:
                 self._outbox[0] = self._outbox[0][sent:]
+        if self._held_back and not self._outbox:
+            self._server.resume(self)
         self._update_events()
 
     def _update_events(self) -> None:
         if self._closed:
             return
-        busy = self._in_flight >= MAX_IN_FLIGHT
+        busy = self._held_back or self._in_flight >= MAX_IN_FLIGHT
         events = selectors.EVENT_WRITE if self._outbox else 0 if busy else selectors.EVENT_READ
         if events != self._events:
             self._events = events

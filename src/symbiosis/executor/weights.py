@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -34,6 +35,8 @@ LARGE = 1 << 20
 
 _PRODUCT_MODULES = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, Conv1D)
 
+_CLIENT_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+
 _CLIENT_FILES = (
     "*config.json",
     "tokenizer*",
@@ -46,7 +49,8 @@ _CLIENT_FILES = (
     "sentencepiece*.model",
     "chat_template*",
 )
-"""What a client needs beside the weights: configuration and tokenizer, never weights or code."""
+"""What a client needs beside the weights: configuration and tokenizer. With the suffixes above,
+never weights and never code."""
 
 
 @dataclass(frozen=True)
@@ -90,21 +94,23 @@ class Weights:
         started = time.monotonic()
         try:
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-            loaded = (
-                _model_class(config)
-                .from_pretrained(
-                    model,
-                    config=config,
-                    dtype=dtype or "auto",
-                    trust_remote_code=False,
-                    use_safetensors=True,
-                )
-                .to(device)
+            loaded, report = _model_class(config).from_pretrained(
+                model,
+                config=config,
+                dtype=dtype or "auto",
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
             config_file = cached_file(model, "config.json")
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise ModelError(f"cannot host {model!r}: {error}") from error
-        weights = cls(loaded.eval(), model, Path(str(config_file)).parent)
+        if missing := sorted(report["missing_keys"]):
+            raise ModelError(
+                f"cannot host {model!r}: its files lack {len(missing)} weights, for example "
+                f"{', '.join(missing[:3])}; they would have to be made up"
+            )
+        weights = cls(loaded.to(device).eval(), model, Path(str(config_file)).parent)
         logger.info("loaded %s in %.1f s", model, time.monotonic() - started)
         return weights
 
@@ -141,12 +147,22 @@ class Weights:
         found = self._views.get(key)
         if found is None:
             hosted = self[weight_id]
-            found = _looked_at(hosted, recipe)
+            found = _looked_at(hosted, hosted.tensor, recipe)
             if found.untyped_storage().data_ptr() == hosted.tensor.untyped_storage().data_ptr():
                 if len(self._views) > 65536:
                     self._views.clear()
                 self._views[key] = found
         return found
+
+    def like(self, weight_id: int, recipe: Recipe) -> torch.Tensor:
+        """What `view` would return, on the meta device: a shape without cost."""
+        found = self._views.get((weight_id, recipe))
+        if found is not None:
+            return found
+        hosted = self[weight_id]
+        if not recipe:
+            return hosted.tensor
+        return _looked_at(hosted, hosted.tensor.to("meta"), recipe)
 
     def shipped_bytes(self) -> bytes:
         """Shipped parameters and buffers as one safetensors file."""
@@ -202,9 +218,9 @@ def _is_hosted(module: nn.Module, parameter: torch.Tensor) -> bool:
     return isinstance(module, _PRODUCT_MODULES) or experts or parameter.numel() >= LARGE
 
 
-def _looked_at(hosted: HostedWeight, recipe: Recipe) -> torch.Tensor:
+def _looked_at(hosted: HostedWeight, tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     try:
-        return look(hosted.tensor, recipe)
+        return look(tensor, recipe)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise InvalidInput(f"{hosted.names[0]} cannot be looked at that way: {error}") from None
 
@@ -213,14 +229,23 @@ def _model_class(config: transformers.PreTrainedConfig) -> Any:
     """The class that the configuration names, else the causal LM for its model type."""
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
-        if found is not None:
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
+    if config.architectures:
+        raise ModelError(
+            f"transformers {transformers.__version__} has no model class "
+            f"{config.architectures[0]!r}, and code that comes with a model is not run"
+        )
     return AutoModelForCausalLM
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:
     found = {path.name: path for pattern in _CLIENT_FILES for path in folder.glob(pattern)}
-    return {name: path.read_bytes() for name, path in sorted(found.items()) if path.is_file()}
+    return {
+        name: path.read_bytes()
+        for name, path in sorted(found.items())
+        if path.is_file() and path.suffix in _CLIENT_SUFFIXES
+    }
 
 
 def _written_files(model: PreTrainedModel) -> dict[str, bytes]:

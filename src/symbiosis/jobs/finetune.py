@@ -21,7 +21,7 @@ from typing import Any
 
 import symbiosis
 from symbiosis.client.session import Session
-from symbiosis.errors import ModelError, SymbiosisError
+from symbiosis.errors import ModelError
 from symbiosis.jobs import methods
 from symbiosis.jobs.data import Row, digest, read_rows, split
 from symbiosis.jobs.encode import Encoded, encode, loss_scope, pad_id
@@ -259,6 +259,3 @@ def _versions() -> dict[str, str]:
     libraries = ("torch", "transformers", "peft", "accelerate")
     found = {name: importlib.metadata.version(name) for name in libraries}
     return {"symbiosis": symbiosis.__version__, "python": platform.python_version(), **found}
-
-
-__all__ = ["Progress", "Report", "SymbiosisError", "run"]

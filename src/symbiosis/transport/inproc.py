@@ -13,6 +13,7 @@ import torch
 from symbiosis.errors import ConnectionLost, SymbiosisError
 from symbiosis.wire.exchange import Exchange, Result
 from symbiosis.wire.frames import Json
+from symbiosis.wire.tensors import unviewed
 
 
 class Host(Protocol):
@@ -44,11 +45,12 @@ class InprocChannel:
         outcome = self._host.compute(self._client, exchange)
         if isinstance(outcome, SymbiosisError):
             raise outcome
-        return outcome
+        return outcome._replace(tensors=tuple(unviewed(tensor) for tensor in outcome.tensors))
 
     def request(self, question: Json) -> tuple[Json, torch.Tensor]:
         self._check_open()
-        return self._host.answer(self._client, question)
+        answer, payload = self._host.answer(self._client, question)
+        return answer, payload.clone()  # a fetched weight must not be the hosted one itself
 
     def close(self) -> None:
         if not self._closed:

@@ -7,6 +7,7 @@ nothing is pickled and nothing else is copied.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -19,6 +20,7 @@ import torch
 from symbiosis.errors import (
     ConnectionFailed,
     ConnectionLost,
+    InvalidInput,
     ProtocolError,
     SymbiosisError,
     from_code,
@@ -53,14 +55,14 @@ class Address:
     @classmethod
     def parse(cls, url: str) -> Address:
         """Raises ConnectionFailed with the accepted forms."""
-        parts = urlsplit(url)
+        if url.startswith("unix:///"):  # taken as it is: a path may hold any character
+            return cls(url.removeprefix("unix://"), "", 0)
         try:
-            if parts.scheme == "unix" and parts.path and not parts.netloc:
-                return cls(parts.path, "", 0)
+            parts = urlsplit(url)
             if parts.scheme == "tcp" and parts.hostname:
                 port = DEFAULT_TCP_PORT if parts.port is None else parts.port
                 return cls(None, parts.hostname, port)
-        except ValueError:  # a port that is no number
+        except ValueError:  # a port that is no number, half an IPv6 address
             pass
         raise ConnectionFailed(f"{url!r} is no address; write unix:///path.sock or tcp://host:port")
 
@@ -101,8 +103,8 @@ def _listen_unix(path: str) -> socket.socket:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise ConnectionFailed(f"cannot listen on unix://{path}: the path is not a socket")
         with socket.socket(socket.AF_UNIX) as probe:
-            if probe.connect_ex(path) == 0:
-                raise ConnectionFailed(f"cannot listen on unix://{path}: an executor answers there")
+            if probe.connect_ex(path) != errno.ECONNREFUSED:
+                raise ConnectionFailed(f"cannot listen on unix://{path}: it is in use")
         os.unlink(path)
     listener = socket.socket(socket.AF_UNIX)
     try:
@@ -164,6 +166,8 @@ class SocketChannel:
         try:
             self._send([json_frame(Kind.HELLO, 0, hello)])
             self.welcome = self._expect(Kind.WELCOME).json()
+            limit = self.welcome.get("max_payload_bytes")
+            self._max_payload_bytes = limit if isinstance(limit, int) else 1 << 30
         except ConnectionLost as error:
             self.close()
             raise ConnectionFailed(f"{url} accepted the connection and hung up: {error}") from None
@@ -175,9 +179,14 @@ class SocketChannel:
     def exchange(self, exchange: Exchange) -> Result:
         self._request += 1
         meta = pack_exchange(exchange)
-        self._send(
-            exchange_parts(Kind.EXCHANGE, self._request, meta, exchange.specs, exchange.tensors)
-        )
+        tensors = tuple(tensor.cpu() for tensor in exchange.tensors)
+        parts = exchange_parts(Kind.EXCHANGE, self._request, meta, exchange.specs, tensors)
+        if sum(map(len, parts)) - len(parts[0]) > self._max_payload_bytes:
+            raise InvalidInput(
+                f"an input of {', '.join(map(str, exchange.specs))} exceeds the executor's limit "
+                f"of {self._max_payload_bytes} bytes: use a smaller batch or shorter sequences"
+            )
+        self._send(parts)
         frame = self._expect(Kind.RESULT)
         assert isinstance(frame.admitted, tuple)
         result, specs = frame.admitted

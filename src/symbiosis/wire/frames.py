@@ -58,7 +58,7 @@ class Frame(NamedTuple):
         """The meta section as a JSON object; raises ProtocolError if it is not one."""
         try:
             value = json.loads(self.meta)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ProtocolError(f"a {self.kind.name} frame holds no valid JSON: {error}") from None
         if not isinstance(value, dict):
             raise ProtocolError(f"a {self.kind.name} frame holds no JSON object")
@@ -103,8 +103,9 @@ class FrameReader:
     """Turns bytes into frames, without I/O.
 
     ``buffer()`` returns the memory where the next received bytes belong; after receiving ``n``
-    of them call ``advance(n)`` and iterate over what became complete. A small frame costs one
-    receive; a large payload is received straight into its own buffer.
+    of them call ``received(n)``, then ``next()`` until it returns None. (``advance(n)`` is both.)
+    Who does not want the next frame yet leaves it in here and does not receive. A small frame
+    costs one receive; a large payload is received straight into its own buffer.
 
     Not thread-safe: one reader belongs to one connection. After a ProtocolError the stream is
     out of step and the reader must not be used again.
@@ -143,18 +144,24 @@ class FrameReader:
             self._view = grown
         return self._view[self._end :]
 
-    def advance(self, num_bytes: int) -> Iterator[Frame | Rejected]:
-        """Account for ``num_bytes`` received into ``buffer()``; yield what is now complete."""
+    def received(self, num_bytes: int) -> None:
+        """Account for ``num_bytes`` received into ``buffer()``."""
         if self._payload is not None:
             self._filled += num_bytes
-            if self._filled == len(self._payload_view):
-                yield self._finish(self._payload)
-            return
-        self._end += num_bytes
-        while (complete := self._next()) is not None:
+        else:
+            self._end += num_bytes
+
+    def advance(self, num_bytes: int) -> Iterator[Frame | Rejected]:
+        """Account for ``num_bytes`` received into ``buffer()``; yield what is now complete."""
+        self.received(num_bytes)
+        while (complete := self.next()) is not None:
             yield complete
 
-    def _next(self) -> Frame | Rejected | None:
+    def next(self) -> Frame | Rejected | None:
+        """The next complete frame, or None until more has been received."""
+        if self._payload is not None:
+            whole = self._filled == len(self._payload_view)
+            return self._finish(self._payload) if whole else None
         if self._skip:
             dropped = min(self._skip, self._end - self._begin)
             self._begin += dropped

@@ -114,6 +114,15 @@ def empty_payload(num_bytes: int) -> torch.Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8)
 
 
+def unviewed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor that autograd does not take for a view of another one."""
+    if not tensor._is_view():
+        return tensor
+    fresh = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    shape, strides = tensor.shape, tensor.stride()
+    return fresh.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, strides)
+
+
 def from_payload(payload: torch.Tensor, specs: tuple[TensorSpec, ...]) -> tuple[torch.Tensor, ...]:
     """The tensors that lie in ``payload`` (uint8).
 

@@ -36,13 +36,15 @@ def look(tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     Raises ProtocolError if the recipe is malformed; IndexError, RuntimeError, TypeError or
     ValueError, as torch does, if it does not fit the tensor.
     """
-    at = 0
+    at, most = 0, tensor.numel()
     while at < len(recipe):
         if at + 2 > len(recipe) or recipe[at + 1] < 0 or at + 2 + recipe[at + 1] > len(recipe):
             raise ProtocolError("a view recipe is cut short")
         if recipe[at] not in View._value2member_map_:
             raise ProtocolError(f"a view recipe holds an unknown step: {recipe[at]}")
         end = at + 2 + recipe[at + 1]
+        if recipe[at] == View.CONTIGUOUS and tensor.numel() > most:
+            raise ValueError("a copy larger than the weight itself")
         tensor = _step(tensor, View(recipe[at]), recipe[at + 2 : end])
         at = end
     return tensor

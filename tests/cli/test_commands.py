@@ -1,0 +1,146 @@
+"""serve → finetune → generate → status, as processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+from processes import Outcome, Served, finish, run, serve, start
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from symbiosis.jobs import finetune
+from symbiosis.jobs.spec import FinetuneSpec
+
+Call = Callable[..., Outcome]
+
+
+def test_the_whole_story(
+    served: Served, model_folder: Path, train_file: Path, tmp_path: Path, call: Call
+) -> None:
+    facts = dict(line.split(maxsplit=1) for line in served.lines[1:-1])
+    assert facts["model"] == str(model_folder)
+    assert facts["architecture"] == "LlamaForCausalLM"
+    assert "parameters" in facts["weights"]
+    assert facts["weights"].endswith("in float32")
+    assert facts["device"] == "cpu"
+    assert facts["policy"] == "greedy, training share 0.3, fetch allow"
+
+    config = tmp_path / "peft.yaml"
+    config.write_text("r: 2\nlora_alpha: 8\n")
+    out = tmp_path / "adapter"
+    options = ("--peft", "LoRA", "--config", config, "--set", "r=4", "--set", "lora_dropout=1e-1")
+    sizes = ("--steps", 5, "--batch-size", 3, "--learning-rate", 0.01, "--seed", 3)
+    trained = run(
+        "finetune", "--base", served.unix, "--data", train_file, "--out", out, *options, *sizes,
+        "--threads", 1, "--expect-model", model_folder.name,
+    )  # fmt: skip
+    assert trained.code == 0, trained
+    assert "loss on the completion" in trained.err
+    assert "step 5/5: held-out loss" in trained.err
+    assert "held-out loss" in trained.out
+    assert f"adapter in {out}" in trained.out
+    report = json.loads((out / "run.json").read_text())
+    assert report["options"] == {
+        "task_type": "CAUSAL_LM",
+        "target_modules": "all-linear",
+        "r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.1,
+    }
+    assert report["steps"] == 5
+
+    prompt = "the cat sat "
+    answered = run(
+        "generate", "--base", served.tcp, "--adapter", out, "--prompt", prompt,
+        "--max-new-tokens", 6, "--threads", 1,
+    )  # fmt: skip
+    assert answered.code == 0, answered
+    assert answered.out == _locally(model_folder, out, prompt) + "\n"
+    assert "adapter: " in answered.err
+    assert "tokens/s" in answered.err
+
+    stats = json.loads(call("status", "--base", served.unix, "--once", "--json").out)
+    assert stats["model"] == str(model_folder)
+    assert stats["exchanges"] > report["exchanges"]
+    assert stats["clients_seen"] >= 3
+    assert stats["clients"] == {}
+
+
+def _locally(model_folder: Path, adapter: Path, prompt: str) -> str:
+    """What plain peft and transformers say."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    found = adapted.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+    )
+    return str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_ctrl_c_and_resume(served: Served, train_file: Path, tmp_path: Path, call: Call) -> None:
+    """A process that a signal ends goes on in another, and the adapter is the same."""
+    spec = FinetuneSpec(
+        base=served.unix,
+        data=train_file,
+        out=tmp_path / "whole",
+        options={"lora_dropout": 0.1},
+        steps=50,
+        batch_size=3,
+        save_steps=10,
+    )
+    command = (
+        "finetune", "--base", served.unix, "--data", train_file, "--out", tmp_path / "parts",
+        "--set", "lora_dropout=0.1", "--steps", 50, "--batch-size", 3, "--save-steps", 10,
+        "--threads", 1,
+    )  # fmt: skip
+    process = start(*command)
+    checkpoint = tmp_path / "parts" / "checkpoints" / "checkpoint-10" / "trainer_state.json"
+    deadline_s = time.monotonic() + 120
+    while not checkpoint.exists() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    interrupted = finish(process)
+    assert interrupted.code == 130, interrupted
+    assert "--resume" in interrupted.err
+    assert "Traceback" not in interrupted.err
+    steps_done = len((tmp_path / "parts" / "progress.jsonl").read_text().splitlines())
+    assert 10 < steps_done < 50
+
+    again = call(*command)
+    assert "already holds a run" in again.error
+    resumed = call(*command, "--resume")
+    assert resumed.code == 0, resumed
+    assert "resuming from step" in resumed.err
+    finetune.run(dataclasses.replace(spec))
+    first, second = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "parts")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_sigterm_ends_a_server_in_order(model_folder: Path, tmp_path: Path, call: Call) -> None:
+    """Exit code 0, the socket file is gone, and a live view of it ends with an error."""
+    server = serve(model_folder, tmp_path)
+    socket = tmp_path / "base.sock"
+    assert socket.is_socket()
+    assert socket.stat().st_mode & 0o077 == 0
+    watching = start("status", "--base", server.unix, "--json", "--interval", 0.1)
+    assert watching.stdout is not None
+    assert json.loads(watching.stdout.readline())["pid"] == server.process.pid
+    server.process.send_signal(signal.SIGTERM)
+    ended = finish(server.process)
+    assert ended.code == 0, ended
+    assert "Traceback" not in ended.err
+    assert not socket.exists()
+    assert re.search("shutting down|has gone", finish(watching).error)

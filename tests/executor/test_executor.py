@@ -1,0 +1,121 @@
+"""`Executor` as an object: what it answers outside the data path, listening, closing."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from symbiosis import Executor, connect
+from symbiosis.errors import (
+    ConnectionFailed,
+    FetchRefused,
+    ModelError,
+    ProtocolError,
+    SymbiosisError,
+    UnknownWeight,
+)
+from symbiosis.executor.weights import Weights
+from symbiosis.wire.frames import VERSION
+
+HELLO = {"protocol": VERSION, "client": "ann", "pid": 7}
+
+
+def test_the_welcome_describes_the_model(executor: Executor) -> None:
+    client, welcome = executor.attach(HELLO)
+    assert welcome["session"] == client
+    assert welcome["architecture"] == "LlamaForCausalLM"
+    assert welcome["dtype"] == "float32"
+    shapes = {w["names"][0]: w["shape"] for w in welcome["weights"]}  # type: ignore[attr-defined]
+    assert shapes["model.embed_tokens.weight"] == [tiny.VOCABULARY, 32]
+    executor.detach(client)
+
+
+@pytest.mark.parametrize("protocol", [VERSION + 1, 0, None, "1", []])
+def test_another_protocol_is_refused(executor: Executor, protocol: object) -> None:
+    with pytest.raises(ProtocolError, match="same release"):
+        executor.attach({"protocol": protocol})
+
+
+@pytest.mark.parametrize("hello", [{}, {"client": ["x"], "pid": "y"}, {"client": "n" * 9999}])
+def test_odd_names_are_taken_as_text(executor: Executor, hello: dict[str, object]) -> None:
+    client, _ = executor.attach({"protocol": VERSION, **hello})
+    stats, _ = executor.answer(client, {"get": "stats"})
+    assert len(stats["clients"][str(client)]["name"]) <= 64  # type: ignore[index]
+    executor.detach(client)
+
+
+def test_a_weight_is_handed_out_as_the_policy_says(tmp_path: Path) -> None:
+    model = tiny.llama()
+    with Executor(Weights(model, "tiny")) as open_handed:
+        client, _ = open_handed.attach(HELLO)
+        answer, payload = open_handed.answer(client, {"get": "weight", "id": 1, "why": "a test"})
+        weight = open_handed.weights[1].tensor
+        assert answer["dtype"] == "float32"
+        assert torch.equal(payload.view(torch.float32).view(weight.shape), weight)
+    with Executor(Weights(model, "tiny"), fetch="deny") as close_fisted:
+        client, _ = close_fisted.attach(HELLO)
+        with pytest.raises(FetchRefused, match=r"a test needs .*--fetch allow"):
+            close_fisted.answer(client, {"get": "weight", "id": 1, "why": "a test"})
+
+
+@pytest.mark.parametrize("number", [0, 999, -1, None, "1", [1], 1.0])
+def test_a_weight_that_does_not_exist(executor: Executor, number: object) -> None:
+    client, _ = executor.attach(HELLO)
+    with pytest.raises(UnknownWeight):
+        executor.answer(client, {"get": "weight", "id": number, "why": "a test"})
+
+
+@pytest.mark.parametrize("question", [{}, {"get": None}, {"get": "x" * 9999}, {"get": ["stats"]}])
+def test_unknown_questions(executor: Executor, question: dict[str, object]) -> None:
+    with pytest.raises(ProtocolError, match="unknown request"):
+        executor.answer(1, question)
+
+
+def test_several_addresses_and_the_ports_really_taken(tmp_path: Path) -> None:
+    with Executor.of(tiny.llama()) as executor:
+        urls = executor.listen([f"unix://{tmp_path}/a.sock", "tcp://127.0.0.1:0"])
+        assert urls[0] == f"unix://{tmp_path}/a.sock"
+        assert urls[1].startswith("tcp://127.0.0.1:")
+        assert not urls[1].endswith(":0")
+        for url in urls:
+            with connect(url) as session:
+                assert session.url == url
+        with pytest.raises(SymbiosisError, match="already"):
+            executor.listen(urls)
+    assert not (tmp_path / "a.sock").exists()
+    for url in urls:
+        with pytest.raises(ConnectionFailed):
+            connect(url)
+
+
+def test_a_bad_address_leaves_nothing_behind(tmp_path: Path) -> None:
+    good = f"unix://{tmp_path}/a.sock"
+    with Executor.of(tiny.llama()) as executor:
+        with pytest.raises(ConnectionFailed):
+            executor.listen([good, f"unix://{tmp_path}/no/such/folder.sock"])
+        assert executor.listen([good]) == [good]
+
+
+def test_close_is_idempotent_and_wait_returns(tmp_path: Path) -> None:
+    executor = Executor.of(tiny.llama())
+    executor.close()
+    executor.listen([f"unix://{tmp_path}/a.sock"])
+    waiting = threading.Thread(target=executor.wait)
+    waiting.start()
+    executor.close()
+    executor.close()
+    waiting.join(timeout=30)
+    assert not waiting.is_alive()
+
+
+def test_load(tmp_path: Path) -> None:
+    tiny.gpt2().save_pretrained(tmp_path)
+    with Executor.load(str(tmp_path), policy="none", fetch="deny") as executor:
+        assert executor.describe()["architecture"] == "GPT2LMHeadModel"
+        assert executor.describe()["dtype"] == "float32"
+    with pytest.raises(ModelError):
+        Executor.load(str(tmp_path / "nothing"))

@@ -1,0 +1,351 @@
+"""Real runs against a real executor on a socket; the oracle: peft and Trainer on a local model."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+import symbiosis
+from symbiosis.errors import (
+    ConnectionFailed,
+    DataError,
+    FetchRefused,
+    MethodError,
+    ModelError,
+    SymbiosisError,
+)
+from symbiosis.executor.weights import Weights
+from symbiosis.jobs import finetune
+from symbiosis.jobs.data import read_rows, split
+from symbiosis.jobs.encode import collate, encode, pad_id
+from symbiosis.jobs.methods import resolve
+from symbiosis.jobs.record import Progress, RunFolder
+from symbiosis.jobs.spec import FinetuneSpec
+
+Make = Callable[..., FinetuneSpec]
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 4, "lora_dropout": 0.1},
+    "ia3": {},
+    "prefix": {"num_virtual_tokens": 5},
+    "p-tuning": {"num_virtual_tokens": 5},
+    "prompt": {"num_virtual_tokens": 5},
+}
+
+
+@pytest.fixture
+def make(base: str, train_file: Path, tmp_path: Path) -> Make:
+    """A specification of a short run; any field can be given."""
+    defaults = {
+        "base": base,
+        "data": train_file,
+        "out": tmp_path / "out",
+        "steps": 6,
+        "batch_size": 3,
+        "learning_rate": 1e-2,
+        "max_length": 64,
+        "save_steps": 0,
+        "seed": 5,
+    }
+
+    def build(**fields: Any) -> FinetuneSpec:
+        return FinetuneSpec(**{**defaults, **fields})
+
+    return build
+
+
+class Interrupted(BaseException):
+    """What a signal would raise."""
+
+
+def interrupt_at(step: int) -> Callable[[Progress], None]:
+    def on_event(progress: Progress) -> None:
+        if progress.step >= step:
+            raise Interrupted
+
+    return on_event
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    found = load_file(folder / "adapter_model.safetensors")
+    assert found
+    return found
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def train_locally(spec: FinetuneSpec, model_folder: Path, out: Path) -> dict[str, torch.Tensor]:
+    """What ``spec`` describes, with nothing of this package but the data and the options."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    train, _ = split(read_rows(spec.data), spec.eval_fraction, spec.seed)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    set_seed(spec.seed)
+    method = resolve(spec.method, spec.options)
+    adapted = peft.get_peft_model(model, method.config(steps=spec.steps or 0))
+    arguments = TrainingArguments(
+        output_dir=str(out / "trainer"),
+        per_device_train_batch_size=spec.batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation,
+        max_steps=spec.steps or -1,
+        learning_rate=spec.learning_rate or 0.0,
+        seed=spec.seed,
+        data_seed=spec.seed,
+        save_strategy="no",
+        use_cpu=True,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    collator = functools.partial(collate, pad=pad_id(tokenizer))
+    rows = encode(train, tokenizer, spec.max_length)
+    Trainer(adapted, arguments, data_collator=collator, train_dataset=rows).train()
+    adapted.save_pretrained(out)
+    return adapter(out)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_adapter_is_the_one_that_plain_peft_trains(
+    make: Make, method: str, model_folder: Path, tmp_path: Path
+) -> None:
+    """Bit for bit; and plain peft loads it with the same logits and tokens on both sides."""
+    spec = make(method=method, options=METHODS[method], eval_steps=2, gradient_accumulation=2)
+    report = finetune.run(spec)
+    oracle = train_locally(spec, model_folder, tmp_path / "oracle")
+    assert_equal(adapter(spec.out), oracle)
+    assert report.steps == 6
+    assert report.fetched_bytes == 0
+    assert report.loss_before is not None
+    assert report.loss_after is not None
+    assert report.loss_after != report.loss_before
+    _assert_same_answers(spec, model_folder)
+
+
+def _assert_same_answers(spec: FinetuneSpec, model_folder: Path) -> None:
+    local = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    ids = torch.tensor([[5, 9, 33, 120, 7]])
+    with symbiosis.connect(spec.base) as session, torch.no_grad():
+        plain = peft.PeftModel.from_pretrained(local, str(spec.out)).eval()
+        hosted = peft.PeftModel.from_pretrained(session.model(), str(spec.out)).eval()
+        assert torch.equal(plain(input_ids=ids).logits, hosted(input_ids=ids).logits)
+        options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+        expected = plain.generate(input_ids=ids, **options)
+        assert torch.equal(expected, hosted.generate(input_ids=ids, **options))
+
+
+def test_training_lowers_the_loss(make: Make) -> None:
+    report = finetune.run(make(steps=30))
+    assert report.loss_before is not None
+    assert report.loss_after is not None
+    assert report.perplexity_after is not None
+    assert report.loss_after < report.loss_before - 0.5
+    assert report.perplexity_after == pytest.approx(torch.tensor(report.loss_after).exp().item())
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("lora", {"r": 4, "lora_dropout": 0.1}), ("p-tuning", {"num_virtual_tokens": 5})],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    make: Make, method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """In the middle of an epoch, with dropout, between checkpoints; p-tuning's own files leave
+    out its encoder. 18 examples in batches of 3 are 6 steps per epoch."""
+    common = {"method": method, "options": options, "steps": 16, "save_steps": 4, "warmup_steps": 2}
+    whole = make(**common, out=tmp_path / "whole")
+    finetune.run(whole)
+    spec = make(**common, out=tmp_path / "parts")
+    for stop in (6, 14):
+        resume = dataclasses.replace(spec, resume=stop > 6, eval_steps=3)
+        with pytest.raises(Interrupted):
+            finetune.run(resume, interrupt_at(stop))
+        assert not (spec.out / "run.json").exists()
+    report = finetune.run(dataclasses.replace(spec, resume=True))
+    assert_equal(adapter(spec.out), adapter(whole.out))
+    assert report.steps == 16
+    ours, theirs = (RunFolder(s.out).records() for s in (spec, whole))
+    losses = [(r.step, r.loss, r.tokens) for r in ours if r.loss is not None]
+    assert losses == [(r.step, r.loss, r.tokens) for r in theirs if r.loss is not None]
+    assert ours[0].eval_loss == theirs[0].eval_loss == report.loss_before
+
+
+def test_resuming_at_the_end_of_an_epoch(make: Make, tmp_path: Path) -> None:
+    common = {"steps": 14, "save_steps": 6, "options": {"lora_dropout": 0.1}}
+    finetune.run(make(**common, out=tmp_path / "whole"))
+    with pytest.raises(Interrupted):
+        finetune.run(make(**common), interrupt_at(8))
+    finetune.run(make(**common, resume=True))
+    assert_equal(adapter(tmp_path / "out"), adapter(tmp_path / "whole"))
+
+
+def test_resuming_before_the_first_checkpoint_begins_anew(make: Make, tmp_path: Path) -> None:
+    finetune.run(make(out=tmp_path / "whole"))
+    with pytest.raises(Interrupted):
+        finetune.run(make(), interrupt_at(2))
+    finetune.run(make(resume=True))
+    assert_equal(adapter(tmp_path / "out"), adapter(tmp_path / "whole"))
+    steps = [r.step for r in RunFolder(tmp_path / "out").records() if r.loss is not None]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resumed_run_must_be_the_same_run(make: Make) -> None:
+    with pytest.raises(Interrupted):
+        finetune.run(make(), interrupt_at(1))
+    with pytest.raises(SymbiosisError, match="batch_size was 3 and is 4; seed was 5 and is 6"):
+        finetune.run(make(resume=True, seed=6, batch_size=4))
+    with pytest.raises(SymbiosisError, match="options was"):
+        finetune.run(make(resume=True, options={"r": 2}))
+
+
+def test_the_seed_decides(make: Make, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        finetune.run(make(out=tmp_path / name, seed=seed, steps=2))
+    assert_equal(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
+    first, other = adapter(tmp_path / "a"), adapter(tmp_path / "c")
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_what_a_run_leaves(make: Make, model_folder: Path, tmp_path: Path) -> None:
+    events: list[Progress] = []
+    spec = make(eval_steps=3, save_steps=2, log_steps=2, options={"r": 4})
+    report = finetune.run(spec, events.append)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in spec.out.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoints",
+        "curve.csv", "curve.png", "job.json", "progress.jsonl", "run.json",
+    }  # fmt: skip
+    saved = [path.name for path in (spec.out / "checkpoints").iterdir()]
+    assert sorted(saved) == ["checkpoint-4", "checkpoint-6"]
+
+    lines = (spec.out / "progress.jsonl").read_text().splitlines()
+    assert [Progress(**json.loads(line)) for line in lines] == events
+    assert [(e.step, e.eval_loss is not None) for e in events] == [
+        (0, True), (2, False), (3, True), (4, False), (6, False), (6, True),
+    ]  # fmt: skip
+    assert all(event.steps == 6 for event in events)
+    assert events[-1].tokens == report.tokens > 0
+
+    run = json.loads((spec.out / "run.json").read_text())
+    assert run == dataclasses.asdict(report)
+    assert run["method"] == "lora"
+    assert run["options"]["r"] == 4
+    assert run["base_model"] == str(model_folder)
+    assert run["loss_before"] == events[0].eval_loss
+    assert run["loss_after"] == events[-1].eval_loss
+    assert run["trainable_parameters"] == sum(t.numel() for t in adapter(spec.out).values())
+    assert (run["train_examples"], run["eval_examples"]) == (18, 2)
+    assert run["exchanges"] > 0
+    assert run["mean_batch"] >= 1
+    assert run["peak_memory_bytes"] > 1 << 20
+    assert run["versions"]["peft"] == peft.__version__
+
+    config = json.loads((spec.out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model_folder)
+    with (spec.out / "curve.csv").open() as opened:
+        assert len(list(csv.DictReader(opened))) == len(events)
+
+
+def test_held_out_loss_is_the_mean_over_tokens(make: Make, model_folder: Path) -> None:
+    """Computed by hand on the local model, example by example: no batch, no padding."""
+    spec = make(steps=1, eval_fraction=0.4, batch_size=3)
+    report = finetune.run(spec)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    _, held_out = split(read_rows(spec.data), 0.4, spec.seed)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    total, count = 0.0, 0
+    for example in encode(held_out, tokenizer, spec.max_length):
+        batch = collate([example], pad_id(tokenizer))
+        logits = model(input_ids=batch["input_ids"]).logits[0, :-1]
+        targets = batch["labels"][0, 1:]
+        total += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        count += int((targets != -100).sum())
+    assert report.loss_before == pytest.approx(total / count, abs=1e-5)
+
+
+def test_given_held_out_data_and_none(make: Make, train_file: Path, tmp_path: Path) -> None:
+    report = finetune.run(make(steps=1, eval_data=train_file, out=tmp_path / "a"))
+    assert (report.train_examples, report.eval_examples) == (20, 20)
+    report = finetune.run(make(steps=1, eval_fraction=0, out=tmp_path / "b"))
+    assert (report.train_examples, report.eval_examples) == (20, 0)
+    assert report.loss_before is None
+    assert report.perplexity_after is None
+    assert (tmp_path / "b" / "curve.png").exists()
+
+
+def test_epochs(make: Make) -> None:
+    report = finetune.run(make(steps=None, epochs=1.5, gradient_accumulation=2))
+    assert report.steps == 5  # 18 examples, 6 batches, 3 steps per epoch
+    assert all(r.steps == 5 for r in RunFolder(make().out).records())
+
+
+def test_nothing_is_written_before_all_is_checked(make: Make, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a b c"}\n{"text": 3}\n')
+    nobody = f"unix://{tmp_path}/nobody.sock"
+    with pytest.raises(MethodError, match="no PEFT method"):
+        finetune.run(make(method="lorra", data=bad, base=nobody))
+    with pytest.raises(DataError, match=r"bad.jsonl:2: "):
+        finetune.run(make(data=bad, base=nobody))
+    with pytest.raises(DataError, match=r"bad.jsonl:2: "):
+        finetune.run(make(eval_data=bad, base=nobody))
+    with pytest.raises(ConnectionFailed, match=r"no executor answers at .*nobody.sock"):
+        finetune.run(make(base=nobody))
+    with pytest.raises(DataError, match=r"train.jsonl:\d+: the example is \d+ tokens long"):
+        finetune.run(make(max_length=3))
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_the_expected_model(make: Make, model_folder: Path) -> None:
+    with pytest.raises(
+        ModelError, match=rf"hosts {model_folder} \(LlamaForCausalLM\), not mistral"
+    ):
+        finetune.run(make(expect_model="mistral"))
+    for name in (model_folder.name, str(model_folder), f"{model_folder}/../{model_folder.name}"):
+        finetune.run(make(expect_model=name, steps=1, overwrite=True))
+
+
+def test_a_second_run_is_refused_or_replaces_the_first(make: Make) -> None:
+    finetune.run(make(steps=2))
+    with pytest.raises(SymbiosisError, match="already holds a run"):
+        finetune.run(make(steps=1))
+    with pytest.raises(SymbiosisError, match="is complete"):
+        finetune.run(make(steps=2, resume=True))
+    assert finetune.run(make(steps=1, overwrite=True)).steps == 1
+
+
+def test_options_that_do_not_fit_the_model(make: Make) -> None:
+    with pytest.raises(
+        MethodError, match=r"lora cannot be applied to LlamaForCausalLM: .*nothing_like"
+    ):
+        finetune.run(make(options={"target_modules": ["nothing_like_it"]}))
+
+
+def test_an_executor_that_keeps_its_weights(make: Make, model_folder: Path, tmp_path: Path) -> None:
+    """DoRA reads them; LoRA does not."""
+    weights = Weights.load(str(model_folder))
+    with symbiosis.Executor(weights, fetch="deny") as executor:
+        (url,) = executor.listen([f"unix://{tmp_path}/deny.sock"])
+        assert finetune.run(make(base=url, steps=1)).fetched_bytes == 0
+        with pytest.raises(FetchRefused, match="--fetch allow"):
+            finetune.run(make(base=url, method="dora", out=tmp_path / "dora"))
