@@ -58,6 +58,7 @@ def breakdown(before: dict[str, Any], after: dict[str, Any], rounds: int) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--units", nargs="+", default=list(UNITS), choices=list(UNITS))
     parser.add_argument("--transports", nargs="+", default=["unix", "tcp"])
     options = parser.parse_args()
     threads = os.cpu_count() or 1
@@ -67,7 +68,8 @@ def main() -> None:
         whole = Worker(str(model), threads=threads, passive=False).ready()
         for transport in options.transports:
             split = Worker(getattr(served, transport), threads=threads, passive=True).ready()
-            for name, unit in UNITS.items():
+            for name in options.units:
+                unit = UNITS[name]
                 if name == "training":
                     split.run(do="adapt", method="lora")
                     if transport == options.transports[0]:

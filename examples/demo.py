@@ -55,10 +55,10 @@ class Job(NamedTuple):
 
 
 JOBS = (
-    Job("sql", "lora", 5e-3, ("r=8",)),
-    Job("json", "ia3", 3e-2, ()),
-    Job("log", "prefix", 3e-2, ("num_virtual_tokens=20",)),
-    Job("html", "p-tuning", 1e-2, ("num_virtual_tokens=20",)),
+    Job("sql", "lora", 3e-3, ("r=8",)),
+    Job("log", "ia3", 2e-1, ()),
+    Job("json", "prefix", 2e-1, ("num_virtual_tokens=20",)),
+    Job("unittest", "p-tuning", 1e-2, ("num_virtual_tokens=20",)),
 )
 STEPS = 60
 BATCH = 8
@@ -122,7 +122,7 @@ def finetuning(job: Job, url: str) -> subprocess.Popen[bytes]:
         *("--data", str(job.data), "--eval-data", str(job.held_out), "--out", str(job.out)),
         *("--peft", job.method, *(part for o in job.options for part in ("--set", o))),
         *("--steps", str(STEPS), "--batch-size", str(BATCH), "--save-steps", "0"),
-        *("--learning-rate", str(job.learning_rate), "--threads", "1"),
+        *("--learning-rate", str(job.learning_rate), "--scheduler", "constant", "--threads", "1"),
     ]
     with (OUT / f"{job.task}.log").open("w") as sink:
         return subprocess.Popen(command, stdout=sink, stderr=sink)

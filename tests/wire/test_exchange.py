@@ -131,7 +131,8 @@ def test_a_result_survives_the_wire(
 ) -> None:
     shapes = data.draw(st.lists(st.lists(st.integers(0, 3), max_size=3), max_size=3))
     tensors = tuple(torch.zeros(shape) for shape in shapes)
-    meta = pack_result(Result(tensors, queue_us, compute_us, batch_size))
+    result = Result(tensors, queue_us, compute_us, batch_size)
+    meta = pack_result(result, tuple(map(spec_of, tensors)))
     found, found_specs = unpack_result(meta)
     assert found_specs == tuple(spec_of(tensor) for tensor in tensors)
     assert found == (
@@ -151,7 +152,8 @@ def test_random_results_are_results_or_protocol_errors(data: bytes) -> None:
 
 
 def test_truncated_and_trailing_results_are_noticed() -> None:
-    meta = pack_result(Result((torch.zeros(2, 3),), 1, 2, 3))
+    tensors = (torch.zeros(2, 3),)
+    meta = pack_result(Result(tensors, 1, 2, 3), tuple(map(spec_of, tensors)))
     for bad in (*(meta[:length] for length in range(len(meta))), meta + b"\0"):
         with pytest.raises(ProtocolError):
             unpack_result(bad)

@@ -65,6 +65,12 @@ def configure_logging() -> None:
     logging.getLogger("symbiosis").setLevel(level.upper())
 
 
+def share_cores() -> None:
+    """OpenMP's threads sleep while they wait instead of spinning: executor and clients share
+    the cores, and a spinning thread of one takes them from the other. Before torch is loaded."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def debugging() -> bool:
     """The user asked for tracebacks."""
     return os.environ.get("SYMBIOSIS_LOG", "").lower() == "debug"

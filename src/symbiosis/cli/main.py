@@ -50,6 +50,7 @@ def root(
 ) -> None:
     """What goes before every command."""
     console.configure_logging()
+    console.share_cores()
 
 
 SERVE_EXAMPLES = console.examples(

@@ -10,17 +10,20 @@ result, because each member's product is computed by itself. Pure: knows no tens
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+Member = TypeVar("Member", bound=Hashable)
 
 
-class InputGroups:
+class InputGroups(Generic[Member]):
     """Learns runs of members that share an input. Not thread-safe; the session guards it."""
 
     def __init__(self) -> None:
-        self._groups: dict[Hashable, tuple[Hashable, ...]] = {}
+        self._groups: dict[Member, tuple[Member, ...]] = {}
         self._input: Hashable = None
-        self._run: list[Hashable] = []
+        self._run: list[Member] = []
 
-    def observe(self, input_key: Hashable, member: Hashable) -> None:
+    def observe(self, input_key: Hashable, member: Member) -> None:
         """``member`` was applied to the input that ``input_key`` identifies."""
         if input_key == self._input and input_key is not None:
             if member not in self._run:
@@ -29,7 +32,7 @@ class InputGroups:
         self._learn()
         self._input, self._run = input_key, [member]
 
-    def members(self, leader: Hashable) -> tuple[Hashable, ...]:
+    def members(self, leader: Member) -> tuple[Member, ...]:
         """What to ask for when ``leader`` is the first to see an input; ``leader`` is first."""
         return self._groups.get(leader, (leader,))
 

@@ -62,13 +62,13 @@ def product(op: Op, x: Tensor, weight: RemoteWeight, bias: Tensor | None = None)
     A frozen bias that the executor has too is added there, in the same kernel as in the plain
     model, so that the bits agree; any other is added here. Follows autocast.
     """
-    device = weight.device.type
+    device = weight.device_type
     if torch.is_autocast_enabled(device) and x.is_floating_point():
         x = x.to(torch.get_autocast_dtype(device))
-    elif x.dtype != weight.dtype:
+    elif x.dtype != weight.like_dtype:
         raise RuntimeError(
             f"expected input and weight to have the same dtype, but got {x.dtype} and "
-            f"{weight.dtype} for {weight.weight_name}"
+            f"{weight.like_dtype} for {weight.weight_name}"
         )
     shared = NO_BIAS if bias is None else _shared_bias(weight, bias)
     if x.requires_grad and torch.is_grad_enabled():
@@ -89,13 +89,13 @@ def _shared_bias(weight: RemoteWeight, bias: Tensor) -> int:
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    if type(weight) is not RemoteWeight or weight.dim() != 2 or isinstance(input, RemoteWeight):
+    if type(weight) is not RemoteWeight or not weight.is_matrix or type(input) is RemoteWeight:
         return NotImplemented
     return product(Op.LINEAR, input, weight, bias)
 
 
 def _matmul(input: Any, other: Any, **unusual: Any) -> Any:
-    if type(other) is not RemoteWeight or other.dim() != 2 or isinstance(input, RemoteWeight):
+    if type(other) is not RemoteWeight or not other.is_matrix or type(input) is RemoteWeight:
         return NotImplemented
     if unusual or input.dim() < 2:
         return NotImplemented

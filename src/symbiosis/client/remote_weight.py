@@ -41,6 +41,9 @@ class RemoteWeight(Tensor):
     _recipe: Recipe
     _like: Tensor  # on the meta device: shape, strides, dtype
     _is_param: bool  # torch's mark of a Parameter of a custom tensor type
+    is_matrix: bool
+    like_dtype: torch.dtype
+    device_type: str
     _origin: RemoteWeight | None = None  # the parameter whose ``.data`` this is
 
     @staticmethod
@@ -63,6 +66,11 @@ class RemoteWeight(Tensor):
         self._weight = weight
         self._recipe = recipe
         self._like = like
+        # Read on every product; as attributes of the tensor they would pass through
+        # __torch_function__ each time.
+        self.is_matrix = like.dim() == 2
+        self.like_dtype = like.dtype
+        self.device_type = device.type
 
     @property
     def weight_name(self) -> str:

@@ -7,7 +7,6 @@ asked for and allowed, and builds models. Knows channels; knows no sockets.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -18,7 +17,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -79,12 +78,16 @@ class _Counters:
         self.queue_us = self.compute_us = self.batch_members = 0
 
 
+_Member = tuple[Op, int, Recipe, int]
+"""A product as `InputGroups` knows it: operation, weight, recipe, bias."""
+
+
 class _Ahead(NamedTuple):
     """Results that came with the first product on ``x``, for the products to follow."""
 
     x: Tensor  # kept alive, so that its memory cannot become another input meanwhile
     input_key: tuple[object, ...]
-    results: dict[object, Tensor]
+    results: dict[_Member, Tensor]
 
 
 class Session:
@@ -119,7 +122,7 @@ class Session:
         self._channel_pid = 0
         self._closed = False
         self._counters = _Counters()
-        self._groups = InputGroups()
+        self._groups: InputGroups[_Member] = InputGroups()
         self._ahead: _Ahead | None = None
         self._fetched: dict[int, Tensor] = {}
         self._folder: Path | None = None
@@ -205,7 +208,7 @@ class Session:
         ``forward`` marks a product whose siblings on the same input may be asked for with it.
         """
         x = x.detach().contiguous()
-        member = (op, weight, recipe, bias)
+        member: _Member = (op, weight, recipe, bias)
         with self._lock:
             if not forward or recipe or x.is_inference():  # inference tensors have no version
                 return self._exchange(op, (weight,), (bias,), recipe, (), (x,), forward)[0]
@@ -214,11 +217,12 @@ class Session:
             self._groups.observe(input_key, member)
             if found is not None:
                 return found
-            members = [m for m in self._groups.members(member) if m[0] == op]  # type: ignore[index]
-            weights = tuple(m[1] for m in members)  # type: ignore[index]
-            biases = tuple(m[3] for m in members)  # type: ignore[index]
+            members = self._groups.members(member)
+            if len(members) == 1:
+                return self._exchange(op, (weight,), (bias,), (), (), (x,), forward)[0]
+            weights, biases = zip(*[(m[1], m[3]) for m in members if m[0] == op], strict=True)
             results = self._exchange(op, weights, biases, (), (), (x,), forward)
-            rest = dict(zip(members[1:], results[1:], strict=True))
+            rest = dict(zip(members[1:], results[1:], strict=False))
             self._ahead = _Ahead(x, input_key, rest)
             return results[0]
 
@@ -291,7 +295,7 @@ class Session:
         state = "closed" if self._closed else f"{self._counters.exchanges} exchanges"
         return f"<Session {self.url}: {self.welcome.get('model')}, {state}>"
 
-    def _from_ahead(self, input_key: tuple[object, ...], member: object) -> Tensor | None:
+    def _from_ahead(self, input_key: tuple[object, ...], member: _Member) -> Tensor | None:
         ahead = self._ahead
         if ahead is None:
             return None
@@ -319,8 +323,11 @@ class Session:
         )
         channel = self._open()
         started_s = time.perf_counter()
-        with self._dropping():
+        try:
             result = channel.exchange(exchange)
+        except BaseException as error:
+            self._after(error)
+            raise
         c = self._counters
         c.wait_s += time.perf_counter() - started_s
         c.exchanges += 1
@@ -328,8 +335,10 @@ class Session:
         c.queue_us += result.queue_us
         c.compute_us += result.compute_us
         c.batch_members += result.batch_size
-        c.bytes_sent += sum(spec.num_bytes for spec in specs)
-        c.bytes_received += sum(t.numel() * t.element_size() for t in result.tensors)
+        for tensor in tensors:
+            c.bytes_sent += tensor.nbytes
+        for tensor in result.tensors:
+            c.bytes_received += tensor.nbytes
         if len(result.tensors) != len(weights):
             raise ProtocolError(f"{len(result.tensors)} results for {len(weights)} weights")
         device = tensors[0].device
@@ -346,23 +355,18 @@ class Session:
     def _request(self, question: Json) -> tuple[Json, Tensor]:
         with self._lock:
             channel = self._open()
-            with self._dropping():
+            try:
                 return channel.request(question)
+            except BaseException as error:
+                self._after(error)
+                raise
 
-    @contextlib.contextmanager
-    def _dropping(self) -> Iterator[None]:
+    def _after(self, error: BaseException) -> None:
         """After a refusal the channel is in order. After anything else (it is lost, out of step,
         or we were interrupted while an answer was under way) the next use opens a new one."""
-        try:
-            yield
-        except (ConnectionLost, ProtocolError):
+        refused = isinstance(error, SymbiosisError)
+        if not refused or isinstance(error, (ConnectionLost, ProtocolError)):
             self._drop_channel()
-            raise
-        except SymbiosisError:
-            raise
-        except BaseException:
-            self._drop_channel()
-            raise
 
     def _open(self) -> Channel:
         if self._closed:

@@ -117,6 +117,11 @@ class Engine:
             if (stats := self.stats.clients.get(client)) is not None:
                 stats.refused += 1
 
+    @property
+    def waiting(self) -> bool:
+        """Is there anything to compute, now or later?"""
+        return bool(self._pending)
+
     def run_once(self) -> bool:
         """Compute the next batch, if the scheduler has one to run now."""
         with self._device_lock:
@@ -128,13 +133,20 @@ class Engine:
                 pendings = [self._pending.pop(request.id) for request in chosen.requests]
             results = self._compute([pending.exchange for pending in pendings])
             now_s = self.clock()
-            outcomes = self._account(chosen, pendings, results, started_s, now_s)
-        for pending, outcome in zip(pendings, outcomes, strict=True):
-            pending.reply(outcome)
+            compute_us, size = int((now_s - started_s) * 1e6), len(pendings)
+            for request, pending, found in zip(chosen.requests, pendings, results, strict=True):
+                if isinstance(found, tuple):
+                    queue_us = int((started_s - request.arrived_s) * 1e6)
+                    pending.reply(Result(found, queue_us, compute_us, size))
+                else:
+                    pending.reply(found)
+            self._account(chosen, pendings[0].exchange, started_s, now_s)
         return True
 
     def wait_s(self) -> float | None:
         """Seconds until a held batch is released; None when nothing waits."""
+        if not self._pending:
+            return None
         now_s = self.clock()
         with self._queue_lock:
             wake_s = self._scheduler.wake_at(now_s)
@@ -146,11 +158,13 @@ class Engine:
             waiting = len(self._scheduler)
         return {**self.stats.snapshot(self.clock()), "waiting": waiting, "policy": self.policy}
 
-    @torch.no_grad()
     def _compute(
         self, exchanges: list[Exchange]
     ) -> list[tuple[torch.Tensor, ...] | SymbiosisError]:
-        """A batch that fails is tried again one by one: one client's failure stays its own."""
+        """A batch that fails is tried again one by one: one client's failure stays its own.
+
+        Gradients are off: whoever runs the engine sees to that, once for its thread.
+        """
         try:
             return list(batch.compute(exchanges, self.weights))
         except SymbiosisError as error:
@@ -171,32 +185,18 @@ class Engine:
             )
             return [ExchangeFailed(f"{exchange.op.name.lower()} on {name} failed: {error}")]
 
-    def _account(
-        self,
-        chosen: Batch,
-        pendings: list[_Pending],
-        results: list[tuple[torch.Tensor, ...] | SymbiosisError],
-        started_s: float,
-        now_s: float,
-    ) -> list[Result | SymbiosisError]:
+    def _account(self, chosen: Batch, exchange: Exchange, started_s: float, now_s: float) -> None:
+        """After the answers have gone out: nobody waits for this."""
         elapsed_s = now_s - started_s
-        size, rows = len(pendings), max(1, chosen.rows)
-        outcomes: list[Result | SymbiosisError] = []
+        size, rows = len(chosen.requests), max(1, chosen.rows)
         with self._queue_lock:
             self._scheduler.finished(chosen, now_s, elapsed_s)
-            self.stats.batch_ran(pendings[0].exchange.op, size, chosen.rows, now_s, elapsed_s)
-            for request, tensors in zip(chosen.requests, results, strict=True):
-                queue_s = started_s - request.arrived_s
+            self.stats.batch_ran(exchange.op, size, chosen.rows, now_s, elapsed_s)
+            for request in chosen.requests:
                 stats = self.stats.clients.get(request.client)
                 if stats is not None:
                     stats.exchanges += 1
                     stats.rows += request.rows
                     stats.batch_members += size
-                    stats.queue_s += queue_s
+                    stats.queue_s += started_s - request.arrived_s
                     stats.compute_s += elapsed_s * request.rows / rows
-                outcomes.append(
-                    tensors
-                    if isinstance(tensors, SymbiosisError)
-                    else Result(tensors, int(queue_s * 1e6), int(elapsed_s * 1e6), size)
-                )
-        return outcomes

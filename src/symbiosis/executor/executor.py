@@ -142,9 +142,10 @@ class Executor:
             self._engine.refused(client)
             return error
         self._engine.submit(client, exchange, plan, answer.append)
-        while not answer:
-            if not self._engine.run_once() and not answer:
-                time.sleep(min(self._engine.wait_s() or 0.0, 0.001))
+        with torch.no_grad():
+            while not answer:
+                if not self._engine.run_once() and not answer:
+                    time.sleep(min(self._engine.wait_s() or 0.0, 0.001))
         return answer[0]
 
     def answer(self, client: int, question: Json) -> tuple[Json, torch.Tensor]:

@@ -14,7 +14,6 @@ import selectors
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -41,6 +40,11 @@ logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 16
 """Exchanges of one connection that may wait at once; beyond it, or while answers
 are not taken, the connection is not read: that is the back-pressure."""
+
+
+_MISFIT = "an exchange's payload does not fit its description"
+_MOST_ADMITTED = 16384
+_SHORT_META_BYTES = 256
 
 
 class Desk(Protocol):
@@ -72,6 +76,7 @@ class Server:
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._from_other_threads: deque[tuple[_Connection, int, Result | SymbiosisError]] = deque()
         self._resumable: set[_Connection] = set()
+        self._admitted: dict[bytes, tuple[Exchange, Plan, int]] = {}
         self._stopping = False
         self._thread = threading.get_ident()
         try:
@@ -88,10 +93,11 @@ class Server:
     def run(self) -> None:
         """Serve until `stop`; then answer what is queued and close."""
         self._thread = threading.get_ident()
+        torch.set_grad_enabled(False)  # for this thread
         try:
             while not self._stopping:
                 self._poll(self.engine.wait_s())
-                while self.engine.run_once():
+                while self.engine.run_once() and self.engine.waiting:
                     self._poll(0)
             while self.engine.run_once():
                 pass
@@ -114,6 +120,25 @@ class Server:
             self._from_other_threads.append((connection, request, outcome))
             self._waker.send(b"\0")
 
+    def admit(self, meta: bytes, payload_bytes: int) -> tuple[Exchange, Plan]:
+        """Check an exchange before memory is allocated for it. A client sends the same few meta
+        sections again and again, so what was found out about one is kept."""
+        known = self._admitted.get(meta)
+        if known is None:
+            exchange = unpack_exchange(meta)
+            expected = offsets(exchange.specs)[1]
+            if expected != payload_bytes:
+                raise ProtocolError(_MISFIT)
+            known = exchange, self.engine.admit(exchange), expected
+            if len(meta) <= _SHORT_META_BYTES:
+                if len(self._admitted) >= _MOST_ADMITTED:
+                    self._admitted.clear()
+                self._admitted[meta] = known
+        exchange, plan, expected = known
+        if expected != payload_bytes:
+            raise ProtocolError(_MISFIT)
+        return exchange, plan
+
     def resume(self, connection: _Connection) -> None:
         """A connection that held frames back can take them now."""
         self._resumable.add(connection)
@@ -133,7 +158,7 @@ class Server:
             self._selector.register(connection.socket, events, connection)
 
     def _poll(self, timeout_s: float | None) -> None:
-        for key, events in self._selector.select(timeout_s):
+        for key, events in self._selector.select(0 if self._resumable else timeout_s):
             if isinstance(key.data, _Connection):
                 key.data.ready(events)
             elif key.fileobj is self._woken:
@@ -195,29 +220,32 @@ class _Connection:
 
     def ready(self, events: int) -> None:
         """The socket can be read, or written again."""
-        with self._contained():
+        try:
             if events & selectors.EVENT_WRITE:
                 self._flush()
             if events & selectors.EVENT_READ and not self._closed:
                 self._read()
+        except Exception as error:  # noqa: BLE001
+            self._contain(error)
 
     def resume(self) -> None:
         """Go on with frames that were held back."""
-        with self._contained():
-            self._work()
-
-    @contextlib.contextmanager
-    def _contained(self) -> Iterator[None]:
-        """Whatever goes wrong with one connection ends that connection and no other."""
         try:
-            yield
-        except ProtocolError as error:
+            self._work()
+        except Exception as error:  # noqa: BLE001
+            self._contain(error)
+
+    def _contain(self, error: Exception) -> None:
+        """Whatever goes wrong with one connection ends that connection and no other."""
+        if isinstance(error, ProtocolError):
             logger.warning("client %s broke the protocol: %s", self._client, error)
             self.fail(error)
-        except OSError:  # reset by the peer
+        elif isinstance(error, OSError):  # reset by the peer
             self.close()
-        except Exception:
-            logger.exception("client %s: internal error; its connection is closed", self._client)
+        else:  # our bug, not the other clients' problem
+            logger.error(
+                "client %s: internal error, its connection ends", self._client, exc_info=error
+            )
             self.fail(SymbiosisError("internal error in the executor; its log says more"))
 
     def answer(self, request: int, outcome: Result | SymbiosisError) -> None:
@@ -228,9 +256,11 @@ class _Connection:
         if isinstance(outcome, SymbiosisError):
             self._send([error_frame(request, outcome)])
         else:
-            tensors = tuple(tensor.cpu() for tensor in outcome.tensors)
-            specs = tuple(spec_of(tensor) for tensor in tensors)
-            meta = pack_result(outcome)
+            tensors = outcome.tensors
+            if not tensors[0].is_cpu:
+                tensors = tuple(tensor.cpu() for tensor in tensors)
+            specs = tuple([spec_of(tensor) for tensor in tensors])
+            meta = pack_result(outcome, specs)
             parts = exchange_parts(Kind.RESULT, request, meta, specs, tensors)
             self._count(bytes_out=sum(map(len, parts)))
             self._send(parts)
@@ -289,10 +319,7 @@ class _Connection:
         if (kind is Kind.HELLO) != (self._client is None):
             raise ProtocolError(f"unexpected {kind.name} frame: HELLO comes first, and once")
         if kind is Kind.EXCHANGE:
-            exchange = unpack_exchange(meta)
-            if offsets(exchange.specs)[1] != payload_bytes:
-                raise ProtocolError("an exchange's payload does not fit its description")
-            return exchange, self._server.engine.admit(exchange)
+            return self._server.admit(meta, payload_bytes)
         if payload_bytes or kind not in (Kind.HELLO, Kind.REQUEST):
             raise ProtocolError(f"a client may not send a {kind.name} frame like this")
         return None

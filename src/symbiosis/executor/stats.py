@@ -50,10 +50,11 @@ class RateMeter:
 
     def add(self, now_s: float, count: int = 1) -> None:
         second = int(now_s)
-        if second not in self._buckets:
+        if second in self._buckets:
+            self._buckets[second] += count
+        else:
             self._buckets = {s: n for s, n in self._buckets.items() if s >= second - _WINDOW_S}
-            self._buckets[second] = 0
-        self._buckets[second] += count
+            self._buckets[second] = count
 
     def rate(self, now_s: float) -> float:
         second = int(now_s)

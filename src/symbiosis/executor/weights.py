@@ -232,7 +232,7 @@ def _model_class(config: transformers.PreTrainedConfig) -> Any:
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
     if config.architectures:
-        raise ModelError(
+        raise ValueError(
             f"transformers {transformers.__version__} has no model class "
             f"{config.architectures[0]!r}, and code that comes with a model is not run"
         )

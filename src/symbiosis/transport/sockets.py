@@ -11,7 +11,6 @@ import errno
 import os
 import socket
 import stat
-from collections import deque
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -32,7 +31,6 @@ from symbiosis.wire.frames import (
     Json,
     Kind,
     Limits,
-    Rejected,
     json_frame,
     pack_header,
 )
@@ -162,7 +160,6 @@ class SocketChannel:
         self._request = 0
         self._socket = self._dial(Address.parse(url), timeout_s)
         self._reader = FrameReader(_CLIENT_LIMITS, _admit)
-        self._inbox: deque[Frame | Rejected] = deque()
         try:
             self._send([json_frame(Kind.HELLO, 0, hello)])
             self.welcome = self._expect(Kind.WELCOME).json()
@@ -179,7 +176,9 @@ class SocketChannel:
     def exchange(self, exchange: Exchange) -> Result:
         self._request += 1
         meta = pack_exchange(exchange)
-        tensors = tuple(tensor.cpu() for tensor in exchange.tensors)
+        tensors = exchange.tensors
+        if not tensors[0].is_cpu:
+            tensors = tuple(tensor.cpu() for tensor in tensors)
         parts = exchange_parts(Kind.EXCHANGE, self._request, meta, exchange.specs, tensors)
         if sum(map(len, parts)) - len(parts[0]) > self._max_payload_bytes:
             raise InvalidInput(
@@ -220,6 +219,8 @@ class SocketChannel:
     def _send(self, parts: list[bytes | memoryview]) -> None:
         try:
             sent = self._socket.sendmsg(parts)
+            if sent == sum(map(len, parts)):
+                return
             for part in parts:
                 if sent >= len(part):
                     sent -= len(part)
@@ -246,15 +247,14 @@ class SocketChannel:
         return frame
 
     def _receive(self) -> Frame:
-        while not self._inbox:
+        while (frame := self._reader.next()) is None:
             try:
                 received = self._socket.recv_into(self._reader.buffer())
             except OSError as error:
                 raise self._lost(error) from None
             if not received:
                 raise self._lost(None)
-            self._inbox.extend(self._reader.advance(received))
-        frame = self._inbox.popleft()
+            self._reader.received(received)
         assert isinstance(frame, Frame)  # our own admit rejects nothing; it only raises
         return frame
 

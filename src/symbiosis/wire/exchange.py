@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from symbiosis.errors import ProtocolError, UnknownOperation
-from symbiosis.wire.tensors import TensorSpec, pack_specs, spec_of, unpack_specs
+from symbiosis.wire.tensors import TensorSpec, pack_specs, unpack_specs
 from symbiosis.wire.views import Recipe
 
 NO_BIAS = 0
@@ -71,34 +71,24 @@ _FIXED = struct.Struct("<BBBBB")
 _RESULT = struct.Struct("<IIH")
 
 
-@functools.lru_cache(maxsize=65536)
-def _pack_head(
+def pack_exchange(exchange: Exchange) -> bytes:
+    """The meta section of an EXCHANGE frame."""
+    return _pack_meta(*exchange[:6], exchange.priority)
+
+
+@functools.lru_cache(maxsize=4096)  # one client sends the same few heads again and again
+def _pack_meta(
     op: int,
-    priority: int,
     weights: tuple[int, ...],
     biases: tuple[int, ...],
     recipe: Recipe,
     params: tuple[int, ...],
+    specs: tuple[TensorSpec, ...],
+    priority: int,
 ) -> bytes:
-    """The part of the meta section that is the same for every exchange with one weight."""
     fixed = _FIXED.pack(op, priority, len(weights), len(recipe), len(params))
-    count = len(weights)
-    return fixed + struct.pack(
-        f"<{2 * count}I{len(recipe) + len(params)}q", *weights, *biases, *recipe, *params
-    )
-
-
-def pack_exchange(exchange: Exchange) -> bytes:
-    """The meta section of an EXCHANGE frame."""
-    head = _pack_head(
-        exchange.op,
-        exchange.priority,
-        exchange.weights,
-        exchange.biases,
-        exchange.recipe,
-        exchange.params,
-    )
-    return head + pack_specs(exchange.specs)
+    ids, numbers = (*weights, *biases), (*recipe, *params)
+    return fixed + struct.pack(f"<{len(ids)}I{len(numbers)}q", *ids, *numbers) + pack_specs(specs)
 
 
 def unpack_exchange(meta: bytes) -> Exchange:
@@ -134,14 +124,14 @@ def unpack_exchange(meta: bytes) -> Exchange:
     )
 
 
-def pack_result(result: Result) -> bytes:
-    """The meta section of a RESULT frame."""
+def pack_result(result: Result, specs: tuple[TensorSpec, ...]) -> bytes:
+    """The meta section of a RESULT frame; ``specs`` describe the result's tensors."""
     timing = _RESULT.pack(
         min(result.queue_us, 0xFFFFFFFF),
         min(result.compute_us, 0xFFFFFFFF),
         min(result.batch_size, 0xFFFF),
     )
-    return timing + pack_specs(tuple(spec_of(tensor) for tensor in result.tensors))
+    return timing + pack_specs(specs)
 
 
 def unpack_result(meta: bytes) -> tuple[Result, tuple[TensorSpec, ...]]:

@@ -38,6 +38,9 @@ class Kind(enum.IntEnum):
     ERROR = 7  # e→c, JSON: {"code", "message"}, for the request or (request 0) the connection
 
 
+_KINDS = {int(kind): kind for kind in Kind}
+
+
 class Limits(NamedTuple):
     """What a reader accepts, in bytes."""
 
@@ -174,41 +177,30 @@ class FrameReader:
         magic, version, kind, meta_bytes, request, payload_bytes = HEADER.unpack_from(
             self._view, self._begin
         )
-        self._check_header(magic, version, kind, meta_bytes, payload_bytes)
+        known = _KINDS.get(kind)
+        limits = self._limits
+        if (
+            magic != MAGIC
+            or version != VERSION
+            or known is None
+            or meta_bytes > limits.meta_bytes
+            or payload_bytes > limits.payload_bytes
+        ):
+            raise _malformed(magic, version, kind, meta_bytes, payload_bytes, limits)
         if available < HEADER.size + meta_bytes:
             return None
         start = self._begin + HEADER.size
         meta = bytes(self._view[start : start + meta_bytes])
         self._begin = start + meta_bytes
         try:
-            admitted = self._admit(Kind(kind), meta, payload_bytes)
+            admitted = self._admit(known, meta, payload_bytes)
         except ProtocolError:
             raise
         except SymbiosisError as error:
             self._skip = payload_bytes
             return Rejected(request, error)
-        self._head = (Kind(kind), request, meta, admitted)
+        self._head = (known, request, meta, admitted)
         return self._start_payload(payload_bytes)
-
-    def _check_header(
-        self, magic: bytes, version: int, kind: int, meta_bytes: int, payload_bytes: int
-    ) -> None:
-        if magic != MAGIC:
-            raise ProtocolError(f"a frame starts with {magic!r}, not {MAGIC!r}: not this protocol")
-        if version != VERSION:
-            raise ProtocolError(
-                f"protocol version {version} on the wire, {VERSION} here: use the same release"
-            )
-        if kind not in Kind._value2member_map_:
-            raise ProtocolError(f"unknown kind of frame: {kind}")
-        if meta_bytes > self._limits.meta_bytes:
-            raise ProtocolError(
-                f"a meta section of {meta_bytes} bytes; the limit is {self._limits.meta_bytes}"
-            )
-        if payload_bytes > self._limits.payload_bytes:
-            raise ProtocolError(
-                f"a payload of {payload_bytes} bytes; the limit is {self._limits.payload_bytes}"
-            )
 
     def _start_payload(self, payload_bytes: int) -> Frame | None:
         payload = empty_payload(payload_bytes)
@@ -227,3 +219,22 @@ class FrameReader:
         kind, request, meta, admitted = self._head
         self._head, self._payload, self._payload_view = None, None, memoryview(b"")
         return Frame(kind, request, meta, payload, admitted)
+
+
+def _malformed(
+    magic: bytes, version: int, kind: int, meta_bytes: int, payload_bytes: int, limits: Limits
+) -> ProtocolError:
+    """What is wrong with a header that is not acceptable."""
+    if magic != MAGIC:
+        return ProtocolError(f"a frame starts with {magic!r}, not {MAGIC!r}: not this protocol")
+    if version != VERSION:
+        return ProtocolError(
+            f"protocol version {version} on the wire, {VERSION} here: use the same release"
+        )
+    if kind not in _KINDS:
+        return ProtocolError(f"unknown kind of frame: {kind}")
+    if meta_bytes > limits.meta_bytes:
+        return ProtocolError(
+            f"a meta section of {meta_bytes} bytes; the limit is {limits.meta_bytes}"
+        )
+    return ProtocolError(f"a payload of {payload_bytes} bytes; the limit is {limits.payload_bytes}")

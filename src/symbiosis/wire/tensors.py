@@ -5,6 +5,7 @@ Knows dtypes, shapes and alignment. Knows nothing of frames, operations or weigh
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from typing import NamedTuple
@@ -57,6 +58,7 @@ def spec_of(tensor: torch.Tensor) -> TensorSpec:
     return TensorSpec(tensor.dtype, tuple(tensor.shape))
 
 
+@functools.lru_cache(maxsize=4096)
 def pack_specs(specs: tuple[TensorSpec, ...]) -> bytes:
     """``count u8``, then for each tensor ``dtype u8 | ndim u8 | ndim × dim u32``."""
     parts = [bytes((len(specs),))]
@@ -129,6 +131,9 @@ def from_payload(payload: torch.Tensor, specs: tuple[TensorSpec, ...]) -> tuple[
     They share its storage but are not views of it for autograd: models may change them in place.
     """
     storage = payload.untyped_storage()
+    if len(specs) == 1:
+        dtype, shape = specs[0]
+        return (torch.empty(0, dtype=dtype).set_(storage, 0, shape),)  # type: ignore[call-overload]
     starts, _ = offsets(specs)
     return tuple(
         torch.empty(0, dtype=dtype).set_(storage, start // ITEM_BYTES[dtype], shape)  # type: ignore[call-overload]
