@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -60,7 +61,7 @@ JOBS = (
     Job("json", "prefix", 2e-1, ("num_virtual_tokens=20",)),
     Job("unittest", "p-tuning", 1e-2, ("num_virtual_tokens=20",)),
 )
-STEPS = 60
+STEPS = 50
 BATCH = 8
 
 
@@ -132,7 +133,7 @@ def generating(url: str, stream: Path) -> subprocess.Popen[bytes]:
     """``symbiosis generate`` as a process of its own, streaming into a file."""
     command = [
         *(*SYMBIOSIS, "generate", "--base", url, "--name", "stream: no adapter"),
-        *("--prompt", PROMPT, "--max-new-tokens", "900", "--temperature", "0.8"),
+        *("--prompt", PROMPT, "--max-new-tokens", "500", "--temperature", "0.8"),
         *("--threads", "1"),
     ]
     with stream.open("w") as sink, (OUT / "stream.log").open("w") as errors:
@@ -224,9 +225,11 @@ def show_samples(url: str) -> None:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     import symbiosis
 
+    transformers_logging.disable_progress_bar()
     table = Table(title="Held-out prompts, greedy", show_lines=True)
     for column in ("task", "prompt", "base before", "adapter after", "wanted", "in plain peft"):
         table.add_column(column)
@@ -245,8 +248,8 @@ def show_samples(url: str) -> None:
                 tokenizer.decode(tokens[0, prompt_length:], skip_special_tokens=True)
                 for tokens in (before, split)
             ]
-            texts = [Text(text.strip()[:160]) for text in texts]
-            wanted = Text(example["completion"].strip())
+            texts = [Text(text.strip().splitlines()[0][:80]) for text in texts]
+            wanted = Text(example["completion"].strip().splitlines()[0])
             table.add_row(job.task, Text(example["prompt"].strip()), *texts, wanted, same)
             if not torch.equal(split, plain):
                 sys.exit(f"{job.out} gives other tokens in plain peft")
@@ -293,4 +296,7 @@ def pss_bytes(pids: list[int]) -> int:
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes that it starts
+    warnings.simplefilter("ignore")
     main()

@@ -24,6 +24,7 @@ from peft import (
     get_peft_model,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 STEPS = 4
 BATCH = 8
@@ -32,6 +33,7 @@ TOGETHER_S = 20
 
 def main() -> None:
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
     started_s = time.monotonic()
     folder, method = sys.argv[1], sys.argv[2]
     tokenizer = AutoTokenizer.from_pretrained(folder)
