@@ -74,7 +74,7 @@ def main() -> None:
             f"speed × {ours.median / theirs.median:.2f}, memory ÷ {their_peak / our_peak:.2f}",
             flush=True,
         )
-    save("decoding", result)
+        save("decoding", result)
 
 
 if __name__ == "__main__":

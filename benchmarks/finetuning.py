@@ -78,7 +78,7 @@ def main() -> None:
             f"memory ÷ {row['memory_ratio']:.2f} ({row['speed_spread']})",
             flush=True,
         )
-    save("finetuning", result)
+        save("finetuning", result)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_errors_of_serve(
     free = ("--listen", f"unix://{tmp_path}/free.sock")
     assert "cannot host" in call("serve", tmp_path, *free).error
     assert not list(tmp_path.iterdir()), "the probe of the address is cleaned up"
-    assert "an executor answers" in call("serve", model_folder, "--listen", served.unix).error
+    assert "it is in use" in call("serve", model_folder, "--listen", served.unix).error
     for url in ("tcp://0.0.0.0:0", "tcp://[::]:0", "tcp://192.0.2.1:7420"):
         assert "--allow-remote" in call("serve", model_folder, "--listen", url).error
     assert "CUDA" in call("serve", model_folder, *free, "--device", "cuda").error

@@ -1,7 +1,8 @@
-"""What may be done with a remote weight: the hot functions, the ATen operations, the reads.
+"""Products with a remote weight: the hot functions, and the ATen operations beneath them.
 
-Fills the tables of `symbiosis.client.remote_weight`. A product's gradient with respect to its
-input is an exchange again; with respect to the weight there is none, for it is frozen.
+Fills the tables of `symbiosis.client.remote_weight`; views, casts and reads are in
+`symbiosis.client.lazy`. A product's gradient with respect to its input is an exchange again; with
+respect to the weight there is none, for it is frozen.
 
 Shapes: T rows, I in, O out.
 """
@@ -14,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from symbiosis.client.remote_weight import ATEN, FUNCTIONS, READS, RemoteWeight
+from symbiosis.client.lazy import transposed
+from symbiosis.client.remote_weight import ATEN, FUNCTIONS, RemoteWeight
 from symbiosis.errors import UnsupportedOperation
 from symbiosis.wire.exchange import NO_BIAS, Op
-from symbiosis.wire.views import View
 
 aten = torch.ops.aten
 
@@ -227,7 +228,7 @@ def _aten_bmm(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if isinstance(b, RemoteWeight):
         return b._session.exchange(Op.BATCHED_MATMUL, b._weight, b._recipe, (a,))
-    flipped = _transposed(a, 1, 2)
+    flipped = transposed(a, 1, 2)
     x = b.transpose(1, 2)
     found = a._session.exchange(Op.BATCHED_MATMUL, a._weight, flipped._recipe, (x,))
     return found.transpose(1, 2)
@@ -295,101 +296,6 @@ def _aten_convolution_backward(func: Any, args: Any, kwargs: Any) -> Any:
     return dx, None, dy.sum(channels) if mask[2] else None
 
 
-# Views and casts: lazy.
-
-
-def _view(weight: RemoteWeight, func: Any, args: Any, kwargs: Any, step: View, *ints: int) -> Any:
-    return weight.viewed(func(weight._like, *args[1:], **kwargs), step, *ints)
-
-
-def _transposed(weight: RemoteWeight, dim0: int, dim1: int) -> RemoteWeight:
-    return weight.viewed(weight._like.transpose(dim0, dim1), View.TRANSPOSE, dim0, dim1)
-
-
-def _aten_t(func: Any, args: Any, kwargs: Any) -> Any:
-    if args[0].dim() < 2:
-        return args[0].cast(args[0].dtype, args[0].device)
-    return _transposed(args[0], 0, 1)
-
-
-def _aten_slice(func: Any, args: Any, kwargs: Any) -> Any:
-    weight = args[0]
-    given = tuple(args[1:])
-    dim, start, end, step = given + (0, None, None, 1)[len(given) :]
-    size = weight.shape[dim]
-    ints = (dim, 0 if start is None else start, size if end is None else min(end, size), step)
-    return weight.viewed(func(weight._like, *ints), View.SLICE, *ints)
-
-
-def _aten_split(func: Any, args: Any, kwargs: Any) -> Any:
-    weight, sizes = args[:2]
-    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
-    parts, start = [], 0
-    for part in func(weight._like, sizes, dim):
-        end = start + part.shape[dim]
-        parts.append(weight.viewed(part, View.SLICE, dim, start, end, 1))
-        start = end
-    return parts
-
-
-def _aten_reshape(func: Any, args: Any, kwargs: Any) -> Any:
-    like = func(args[0]._like, *args[1:], **kwargs)
-    return args[0].viewed(like, View.RESHAPE, *like.shape)
-
-
-def _aten_squeeze(func: Any, args: Any, kwargs: Any) -> Any:
-    like = func(args[0]._like, *args[1:], **kwargs)
-    return args[0].viewed(like, View.RESHAPE, *like.shape)
-
-
-def _aten_expand(func: Any, args: Any, kwargs: Any) -> Any:
-    like = func(args[0]._like, *args[1:], **kwargs)
-    return args[0].viewed(like, View.EXPAND, *like.shape)
-
-
-def _aten_alias(func: Any, args: Any, kwargs: Any) -> Any:
-    return args[0].cast(args[0].dtype, args[0].device)
-
-
-def _aten_clone(func: Any, args: Any, kwargs: Any) -> Any:
-    """A frozen weight never changes, so that its clone is the weight; only strides may differ."""
-    like = func(args[0]._like, *args[1:], **kwargs)
-    if like.stride() == args[0]._like.stride():
-        return _aten_alias(func, args, kwargs)
-    return args[0].viewed(like, View.CONTIGUOUS)
-
-
-def _aten_to_copy(func: Any, args: Any, kwargs: Any) -> Any:
-    weight = args[0]
-    dtype = kwargs.get("dtype") or weight.dtype
-    device = kwargs.get("device") or weight.device
-    return weight.cast(dtype, torch.device(device))
-
-
-def _aten_copy_(func: Any, args: Any, kwargs: Any) -> Any:
-    """Copying the numbers out reads them; copying into a frozen weight is refused."""
-    target, source = args[:2]
-    if isinstance(target, RemoteWeight):
-        return NotImplemented
-    return func(target, source._numbers("copy_"), *args[2:])
-
-
-def _aten_like(func: Any, args: Any, kwargs: Any) -> Any:
-    """``zeros_like``, ``randn_like``, ...: an ordinary local tensor."""
-    weight = args[0]
-    kwargs = {**kwargs, "device": kwargs.get("device") or weight.device}
-    if kwargs["device"] == torch.device("meta"):
-        return func(weight._like, *args[1:], **kwargs)
-    plain = torch.empty(0, dtype=weight.dtype, device=weight.device).expand(0)
-    like = plain.new_empty(()).expand(weight.shape)
-    return func(like, *args[1:], **{**kwargs, "memory_format": torch.contiguous_format})
-
-
-def _aten_new(func: Any, args: Any, kwargs: Any) -> Any:
-    plain = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
-    return func(plain, *args[1:], **kwargs)
-
-
 ATEN.update(
     {
         aten.mm.default: _aten_mm,
@@ -401,76 +307,5 @@ ATEN.update(
         aten.embedding.default: _aten_embedding,
         aten.convolution.default: _aten_convolution,
         aten.convolution_backward.default: _aten_convolution_backward,
-        aten.t.default: _aten_t,
-        aten.transpose.int: lambda f, a, k: _view(a[0], f, a, k, View.TRANSPOSE, *a[1:]),
-        aten.permute.default: lambda f, a, k: _view(a[0], f, a, k, View.PERMUTE, *a[1]),
-        aten.select.int: lambda f, a, k: _view(a[0], f, a, k, View.SELECT, *map(int, a[1:])),
-        aten.unsqueeze.default: lambda f, a, k: _view(a[0], f, a, k, View.UNSQUEEZE, a[1]),
-        aten.slice.Tensor: _aten_slice,
-        aten.split.Tensor: _aten_split,
-        aten.split_with_sizes.default: _aten_split,
-        aten.view.default: _aten_reshape,
-        aten._unsafe_view.default: _aten_reshape,
-        aten.squeeze.default: _aten_squeeze,
-        aten.squeeze.dim: _aten_squeeze,
-        aten.squeeze.dims: _aten_squeeze,
-        aten.expand.default: _aten_expand,
-        aten.detach.default: _aten_alias,
-        aten.alias.default: _aten_alias,
-        aten.lift_fresh.default: _aten_alias,
-        aten.clone.default: _aten_clone,
-        aten._to_copy.default: _aten_to_copy,
-        aten.copy_.default: _aten_copy_,
-        aten.zeros_like.default: _aten_like,
-        aten.ones_like.default: _aten_like,
-        aten.empty_like.default: _aten_like,
-        aten.full_like.default: _aten_like,
-        aten.rand_like.default: _aten_like,
-        aten.randn_like.default: _aten_like,
-        aten.new_empty.default: _aten_new,
-        aten.new_zeros.default: _aten_new,
-        aten.new_ones.default: _aten_new,
-        aten.new_full.default: _aten_new,
-    }
-)
-
-READS.update(
-    {
-        aten.sum.default,
-        aten.sum.dim_IntList,
-        aten.mean.default,
-        aten.mean.dim,
-        aten.amax.default,
-        aten.amin.default,
-        aten.max.default,
-        aten.min.default,
-        aten.var.correction,
-        aten.std.correction,
-        aten.norm.ScalarOpt_dim,
-        aten.linalg_vector_norm.default,
-        aten._linalg_svd.default,
-        aten.linalg_qr.default,
-        aten.svd.default if hasattr(aten.svd, "default") else aten._linalg_svd.default,
-        aten.cat.default,
-        aten.stack.default,
-        aten.index_select.default,
-        aten.index.Tensor,
-        aten.gather.default,
-        aten.index_copy.default,
-        aten.scatter_add.default,
-        aten.all.default,
-        aten.any.default,
-        aten.equal.default,
-        aten._local_scalar_dense.default,
-        aten._weight_norm_interface.default,
-        aten.argsort.default,
-        aten.sort.default,
-        aten.topk.default,
-        aten.argmax.default,
-        aten.argmin.default,
-        aten.triu.default,
-        aten.tril.default,
-        aten.repeat.default,
-        aten.constant_pad_nd.default,
     }
 )

@@ -59,7 +59,9 @@ class Executor:
             max_result_bytes=max_payload_bytes,
         )
         self._server: Server | None = None
-        self._thread: threading.Thread | None = None
+        # Set when the server has ended. Not Thread.join: interrupted by an exception from a
+        # signal handler, it takes the thread for ended and the next join returns at once.
+        self._ended = threading.Event()
 
     @classmethod
     def load(
@@ -90,21 +92,28 @@ class Executor:
             raise SymbiosisError("this executor listens already")
         server = Server(self, self._engine, [Address.parse(url) for url in urls], self._limits)
         self._server = server
-        self._thread = threading.Thread(target=server.run, name="symbiosis-executor", daemon=True)
-        self._thread.start()
+        self._ended.clear()
+        threading.Thread(target=self._run, name="symbiosis-executor", daemon=True).start()
         return [str(address) for address in server.addresses]
 
     def wait(self) -> None:
         """Block until the server stops."""
-        if self._thread is not None:
-            self._thread.join()
+        if self._server is not None:
+            self._ended.wait()
+
+    def _run(self) -> None:
+        assert self._server is not None
+        try:
+            self._server.run()
+        finally:
+            self._ended.set()
 
     def close(self) -> None:
         """Answer what is queued, tell the clients, stop listening; idempotent."""
-        if self._server is not None and self._thread is not None:
+        if self._server is not None:
             self._server.stop()
-            self._thread.join()
-            self._server = self._thread = None
+            self._ended.wait()
+            self._server = None
 
     def __enter__(self) -> Executor:
         return self
