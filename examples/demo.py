@@ -61,7 +61,7 @@ JOBS = (
     Job("json", "prefix", 2e-1, ("num_virtual_tokens=20",)),
     Job("unittest", "p-tuning", 1e-2, ("num_virtual_tokens=20",)),
 )
-STEPS = 50
+STEPS = 32
 BATCH = 8
 
 
@@ -133,7 +133,7 @@ def generating(url: str, stream: Path) -> subprocess.Popen[bytes]:
     """``symbiosis generate`` as a process of its own, streaming into a file."""
     command = [
         *(*SYMBIOSIS, "generate", "--base", url, "--name", "stream: no adapter"),
-        *("--prompt", PROMPT, "--max-new-tokens", "500", "--temperature", "0.8"),
+        *("--prompt", PROMPT, "--max-new-tokens", "300", "--temperature", "0.8"),
         *("--threads", "1"),
     ]
     with stream.open("w") as sink, (OUT / "stream.log").open("w") as errors:
