@@ -27,7 +27,7 @@ def transposed(weight: RemoteWeight, dim0: int, dim1: int) -> RemoteWeight:
 
 def _aten_t(func: Any, args: Any, kwargs: Any) -> Any:
     if args[0].dim() < 2:
-        return args[0].cast(args[0].dtype, args[0].device)
+        return _aten_alias(func, args, kwargs)
     return transposed(args[0], 0, 1)
 
 
@@ -52,11 +52,6 @@ def _aten_split(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _aten_reshape(func: Any, args: Any, kwargs: Any) -> Any:
-    like = func(args[0]._like, *args[1:], **kwargs)
-    return args[0].viewed(like, View.RESHAPE, *like.shape)
-
-
-def _aten_squeeze(func: Any, args: Any, kwargs: Any) -> Any:
     like = func(args[0]._like, *args[1:], **kwargs)
     return args[0].viewed(like, View.RESHAPE, *like.shape)
 
@@ -120,9 +115,9 @@ ATEN.update(
         aten.split_with_sizes.default: _aten_split,
         aten.view.default: _aten_reshape,
         aten._unsafe_view.default: _aten_reshape,
-        aten.squeeze.default: _aten_squeeze,
-        aten.squeeze.dim: _aten_squeeze,
-        aten.squeeze.dims: _aten_squeeze,
+        aten.squeeze.default: _aten_reshape,
+        aten.squeeze.dim: _aten_reshape,
+        aten.squeeze.dims: _aten_reshape,
         aten.expand.default: _aten_expand,
         aten.detach.default: _aten_alias,
         aten.alias.default: _aten_alias,
@@ -159,7 +154,6 @@ READS.update(
         aten.linalg_vector_norm.default,
         aten._linalg_svd.default,
         aten.linalg_qr.default,
-        aten.svd.default if hasattr(aten.svd, "default") else aten._linalg_svd.default,
         aten.cat.default,
         aten.stack.default,
         aten.index_select.default,

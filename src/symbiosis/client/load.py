@@ -89,6 +89,7 @@ class _Filler:
         self._model = model
         self._device = device
         self._dtype = dtype
+        self._hosted_dtype = getattr(torch, str(session.welcome["dtype"]))
         self._weights = {name: w for w in session.weights.values() for name in w.names}
         self._shipped = session.shipped()
         self._rename = _renaming(model, {*self._weights, *self._shipped})
@@ -130,7 +131,9 @@ class _Filler:
             return self._remote(info, meta)
         value = self._shipped.get(name)
         if value is not None and value.shape == meta.shape:
-            parameter = nn.Parameter(self._placed(value, value.dtype), requires_grad=False)
+            # What the executor keeps in another dtype than the model's, it keeps on purpose.
+            dtype = self._dtype if value.dtype == self._hosted_dtype else value.dtype
+            parameter = nn.Parameter(value.to(self._device, dtype), requires_grad=False)
             if (bias := self._session.biases.get(name)) is not None:
                 original = value.clone()
                 parameter.symbiosis_bias = (bias, self._session, original)  # type: ignore[attr-defined]
@@ -152,10 +155,7 @@ class _Filler:
             if meta.device.type != "meta":
                 return meta.to(self._device)
             raise ModelError(f"the executor ships no value for the buffer {name}")
-        return self._placed(value, value.dtype)
-
-    def _placed(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        return value.to(device=self._device, dtype=dtype)
+        return value.to(self._device)
 
 
 def _renaming(model: PreTrainedModel, hosted: set[str]) -> Any:
@@ -168,6 +168,3 @@ def _renaming(model: PreTrainedModel, hosted: set[str]) -> Any:
         lambda name: name.removeprefix(prefix),
     ]
     return max(candidates, key=lambda rename: sum(rename(name) in hosted for name in names))
-
-
-__all__ = ["build_model"]

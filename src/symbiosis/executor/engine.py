@@ -33,7 +33,6 @@ _FAILURES = (RuntimeError, MemoryError, ValueError, IndexError, TypeError)
 
 class _Pending(NamedTuple):
     exchange: Exchange
-    client: int
     reply: Reply
 
 
@@ -99,7 +98,7 @@ class Engine:
             return
         with self._queue_lock:
             number = next(self._request_ids)
-            self._pending[number] = _Pending(exchange, client, reply)
+            self._pending[number] = _Pending(exchange, reply)
             self._scheduler.submit(
                 Request(
                     number,
