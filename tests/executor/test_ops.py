@@ -69,7 +69,7 @@ def run(weights: Weights, asked: Exchange) -> Tensor:
 @pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16), (0, 16), (2, 0, 16)])
 def test_linear(weights: Weights, parts: Parts, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    bias = weights.bias_ids["linear.bias"]
+    bias = weights.vector_ids["linear.bias"]
     y = run(weights, exchange(Op.LINEAR, LINEAR, x, biases=(bias,)))
     assert torch.equal(y, parts.linear(x))
     assert torch.equal(
@@ -80,7 +80,7 @@ def test_linear(weights: Weights, parts: Parts, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(5, 16), (2, 3, 16), (0, 16)])
 def test_matmul(weights: Weights, parts: Parts, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    bias = weights.bias_ids["conv1d.bias"]
+    bias = weights.vector_ids["conv1d.bias"]
     assert torch.equal(
         run(weights, exchange(Op.MATMUL, CONV1D, x, biases=(bias,))), parts.conv1d(x)
     )
@@ -124,7 +124,7 @@ def test_embedding(weights: Weights, parts: Parts, dtype: torch.dtype) -> None:
 
 def test_convolutions(weights: Weights, parts: Parts) -> None:
     x = torch.randn(2, 4, 5, 5, requires_grad=True)
-    bias = weights.bias_ids["conv.bias"]
+    bias = weights.vector_ids["conv.bias"]
     asked = exchange(Op.CONVOLUTION, CONV, x.detach(), biases=(bias,), params=CONV_PARAMS)
     expected = parts.conv(x)
     assert torch.equal(run(weights, asked), expected)
@@ -136,7 +136,7 @@ def test_convolutions(weights: Weights, parts: Parts) -> None:
 
 def test_transposed_convolution(weights: Weights, parts: Parts) -> None:
     x = torch.randn(2, 4, 5)
-    bias = weights.bias_ids["deconv.bias"]
+    bias = weights.vector_ids["deconv.bias"]
     asked = exchange(Op.CONVOLUTION, DECONV, x, biases=(bias,), params=DECONV_PARAMS)
     assert torch.equal(run(weights, asked), parts.deconv(x))
 

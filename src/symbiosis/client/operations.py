@@ -81,7 +81,7 @@ def product(op: Op, x: Tensor, weight: RemoteWeight, bias: Tensor | None = None)
 
 def _shared_bias(weight: RemoteWeight, bias: Tensor) -> int:
     """The id of ``bias`` in the executor if it is provably the same there, else `NO_BIAS`."""
-    known = getattr(bias, "symbiosis_bias", None)
+    known = getattr(bias, "symbiosis_vector", None)
     if known is None or bias.requires_grad or bias.device.type != "cpu":
         return NO_BIAS
     number, session, original = known
@@ -126,8 +126,7 @@ def _embedding(
 
 
 def _lookup(weight: RemoteWeight, ids: Tensor) -> Tensor:
-    found = weight._session.exchange(Op.EMBEDDING, weight._weight, weight._recipe, (ids,))
-    return found.to(weight.dtype)
+    return weight._session.lookup(ids, weight._weight, weight._recipe).to(weight.dtype)
 
 
 def _requires_grad_(self: Any, requires_grad: bool = True) -> Any:

@@ -11,8 +11,9 @@ from collections.abc import Hashable
 import torch
 
 from symbiosis.executor import ops
+from symbiosis.executor.chain import as_rows
 from symbiosis.executor.weights import Weights
-from symbiosis.wire.exchange import Exchange, Op
+from symbiosis.wire.exchange import Exchange
 
 
 def key(exchange: Exchange, joinable: bool, unique: int) -> Hashable:
@@ -25,7 +26,7 @@ def key(exchange: Exchange, joinable: bool, unique: int) -> Hashable:
         exchange.biases,
         exchange.recipe,
         exchange.params,
-        exchange.specs[0].dtype,
+        *[spec.dtype for spec in exchange.specs],
     )
 
 
@@ -34,9 +35,11 @@ def compute(exchanges: list[Exchange], weights: Weights) -> list[tuple[torch.Ten
     first = exchanges[0]
     if len(exchanges) == 1:
         return [tuple(ops.run(first, weights, first.tensors))]
-    joined = torch.cat([_rows(exchange) for exchange in exchanges])
-    outputs = ops.run(first, weights, (joined,))
-    sizes = [_rows(exchange).shape[0] for exchange in exchanges]
+    rows = [[as_rows(x) for x in exchange.tensors] for exchange in exchanges]
+    outputs = ops.run(
+        first, weights, tuple(torch.cat(column) for column in zip(*rows, strict=True))
+    )
+    sizes = [row[0].shape[0] for row in rows]
     parts = [torch.split(output, sizes) for output in outputs]
     return [
         tuple(part[i].view(*_leading(exchange), part[i].shape[-1]) for part in parts)
@@ -44,11 +47,6 @@ def compute(exchanges: list[Exchange], weights: Weights) -> list[tuple[torch.Ten
     ]
 
 
-def _rows(exchange: Exchange) -> torch.Tensor:
-    x = exchange.tensors[0]
-    return x.reshape(-1) if exchange.op is Op.EMBEDDING else x.reshape(-1, x.shape[-1])
-
-
 def _leading(exchange: Exchange) -> tuple[int, ...]:
-    shape = exchange.specs[0].shape
-    return shape if exchange.op is Op.EMBEDDING else shape[:-1]
+    dtype, shape = exchange.specs[0]
+    return shape[:-1] if dtype.is_floating_point else shape

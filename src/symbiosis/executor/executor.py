@@ -210,7 +210,7 @@ class Executor:
             "weights": [
                 {"id": w.id, "names": list(w.names), "shape": list(w.tensor.shape)} for w in weights
             ],
-            "biases": weights.bias_ids,
+            "vectors": weights.vector_ids,
             "fetch": self._fetch,
             "max_payload_bytes": self._limits.payload_bytes,
         }

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from symbiosis.errors import InvalidInput, ProtocolError
+from symbiosis.executor import chain
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.exchange import NO_BIAS, Exchange, Op
 from symbiosis.wire.tensors import ITEM_BYTES
@@ -39,6 +40,8 @@ def check(exchange: Exchange, weights: Weights) -> Plan:
 
     Raises UnknownWeight, InvalidInput, ProtocolError (malformed recipe or parameters).
     """
+    if exchange.op is Op.CHAIN:
+        return _check_chain(exchange, weights)
     _check_tensors(exchange)
     views = [weights.like(weight, exchange.recipe) for weight in exchange.weights]
     shapes = [_result_shape(exchange, view) for view in views]
@@ -52,13 +55,22 @@ def check(exchange: Exchange, weights: Weights) -> Plan:
     return Plan(rows, sum(item * math.prod(shape) for shape in shapes), joinable)
 
 
+def _check_chain(exchange: Exchange, weights: Weights) -> Plan:
+    _check_sizes(exchange)
+    values_bytes = chain.check(exchange, weights)
+    return Plan(chain.rows_of(exchange.specs[0]), values_bytes, joinable=True)
+
+
 def run(
     exchange: Exchange, weights: Weights, inputs: tuple[torch.Tensor, ...]
 ) -> list[torch.Tensor]:
     """Compute ``exchange`` on ``inputs`` (its own tensors, or several clients' rows joined).
 
-    One tensor per weight, in the input's dtype (the weight's for an embedding), contiguous.
+    One tensor per weight, in the input's dtype (the weight's for an embedding), contiguous; of
+    a chain, its outputs.
     """
+    if exchange.op is Op.CHAIN:
+        return chain.run(exchange, weights, inputs)
     return [
         _run_one(exchange, weights.view(weight, exchange.recipe), _bias(weights, bias), inputs)
         for weight, bias in zip(exchange.weights, exchange.biases, strict=True)
@@ -69,11 +81,10 @@ def check_values(exchange: Exchange, weights: Weights) -> None:
     """Values that would make a kernel read out of bounds; raises InvalidInput."""
     if exchange.op is Op.EMBEDDING:
         size = min(weights.like(weight, exchange.recipe).shape[0] for weight in exchange.weights)
-        ids = exchange.tensors[0]
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
-            raise InvalidInput(
-                f"token id {_offender(ids, size)} is outside the embedding's {size} rows"
-            )
+        _check_ids(exchange.tensors[0], size)
+    elif exchange.op is Op.CHAIN:
+        for ids, size in chain.ids_and_sizes(exchange, weights):
+            _check_ids(ids, size)
     elif exchange.op is Op.GROUPED_MATMUL:
         rows = exchange.specs[0].shape[0]
         offsets = exchange.tensors[1].tolist()
@@ -82,12 +93,14 @@ def check_values(exchange: Exchange, weights: Weights) -> None:
             raise InvalidInput(f"expert offsets {offsets} do not rise to {rows} rows")
 
 
-def _offender(ids: torch.Tensor, size: int) -> int:
-    return int(ids[(ids < 0) | (ids >= size)][0])
+def _check_ids(ids: torch.Tensor, size: int) -> None:
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
+        offender = int(ids[(ids < 0) | (ids >= size)][0])
+        raise InvalidInput(f"token id {offender} is outside the embedding's {size} rows")
 
 
 def _bias(weights: Weights, bias: int) -> torch.Tensor | None:
-    return None if bias == NO_BIAS else weights.bias(bias)
+    return None if bias == NO_BIAS else weights.vector(bias)
 
 
 def _check_bias(
@@ -96,14 +109,18 @@ def _check_bias(
     if exchange.op not in (Op.LINEAR, Op.MATMUL, Op.CONVOLUTION):
         raise InvalidInput(f"{exchange.op.name.lower()} takes no bias")
     channels = 1 if exchange.op is Op.CONVOLUTION else -1
-    if weights.bias(bias).shape[0] != result_shape[channels]:
+    if weights.vector(bias).shape[0] != result_shape[channels]:
         raise InvalidInput(f"bias {bias} does not fit a result of shape {list(result_shape)}")
 
 
-def _check_tensors(exchange: Exchange) -> None:
+def _check_sizes(exchange: Exchange) -> None:
     for spec in exchange.specs:
         if math.prod(max(dim, 1) for dim in spec.shape) > _MOST_ELEMENTS:
             raise InvalidInput(f"a tensor of {spec} is beyond any memory")
+
+
+def _check_tensors(exchange: Exchange) -> None:
+    _check_sizes(exchange)
     expected = 2 if exchange.op is Op.GROUPED_MATMUL else 1
     if len(exchange.specs) != expected:
         raise InvalidInput(

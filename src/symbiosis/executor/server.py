@@ -43,8 +43,8 @@ are not taken, the connection is not read: that is the back-pressure."""
 
 
 _MISFIT = "an exchange's payload does not fit its description"
-_MOST_ADMITTED = 16384
-_SHORT_META_BYTES = 256
+_MOST_ADMITTED = 8192
+_SHORT_META_BYTES = 4096
 
 
 class Desk(Protocol):

@@ -36,6 +36,7 @@ class Op(enum.IntEnum):
     EMBEDDING = 5  # ids (...) int, W (V, O) → (..., O)
     CONVOLUTION = 6  # x (N, C, ...), W, b; params: `ConvolutionParams`
     CONVOLUTION_INPUT_GRAD = 7  # dy (N, C', ...), W; params, then the input's shape
+    CHAIN = 8  # products and row-wise arithmetic between them; params: `wire.chain.pack_chain`
 
 
 class Priority(enum.IntEnum):
@@ -59,7 +60,8 @@ class Exchange(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One tensor per weight of the exchange, and how the time was spent."""
+    """One tensor per weight of the exchange (per output of a chain), and how the time was
+    spent."""
 
     tensors: tuple[torch.Tensor, ...]
     queue_us: int  # from arrival to the start of its batch
@@ -67,7 +69,7 @@ class Result(NamedTuple):
     batch_size: int  # exchanges in that batch
 
 
-_FIXED = struct.Struct("<BBBBB")
+_FIXED = struct.Struct("<BBBBH")
 _RESULT = struct.Struct("<IIH")
 
 
