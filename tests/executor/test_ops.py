@@ -58,7 +58,7 @@ def weights(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Weights:
 def run(weights: Weights, asked: Exchange) -> Tensor:
     """Check and run, as the engine does; the plan must foretell the result."""
     plan = ops.check(asked, weights)
-    ops.check_values(asked, weights)
+    ops.check_values(asked, plan)
     with torch.no_grad():
         results = ops.run(asked, weights, asked.tensors)
     assert sum(r.numel() * r.element_size() for r in results) == plan.result_bytes
@@ -221,25 +221,24 @@ def test_what_does_not_fit_is_refused_before_it_runs(weights: Weights, asked: Ex
 )
 def test_ids_out_of_range_are_named(weights: Weights, bad: list[int]) -> None:
     asked = exchange(Op.EMBEDDING, EMBEDDING, torch.tensor(bad))
-    ops.check(asked, weights)
+    plan = ops.check(asked, weights)
     with pytest.raises(InvalidInput, match=f"{bad[-1]} .*10 rows"):
-        ops.check_values(asked, weights)
+        ops.check_values(asked, plan)
 
 
 def test_ids_must_fit_every_weight_of_the_exchange(weights: Weights) -> None:
     """An index out of bounds is an error on a CPU, but the end of a GPU's context."""
     asked = exchange(Op.EMBEDDING, (EMBEDDING, LINEAR), torch.tensor([9]))  # the other has 8 rows
     with pytest.raises(InvalidInput):
-        ops.check(asked, weights)
-        ops.check_values(asked, weights)
+        ops.check_values(asked, ops.check(asked, weights))
 
 
 @pytest.mark.parametrize("bad", [(2, 1, 3), (-1, 0, 3), (0, 0, 4), (1, 2, 2**31 - 1)])
 def test_expert_offsets_must_rise_within_the_rows(weights: Weights, bad: tuple[int, ...]) -> None:
     asked = exchange(Op.GROUPED_MATMUL, EXPERTS, x, torch.tensor(bad, dtype=torch.int32))
-    ops.check(asked, weights)
+    plan = ops.check(asked, weights)
     with pytest.raises(InvalidInput, match="offsets"):
-        ops.check_values(asked, weights)
+        ops.check_values(asked, plan)
 
 
 def test_rows_of_no_expert_do_not_show_old_memory(weights: Weights) -> None:

@@ -56,7 +56,7 @@ class Ahead:
             self.grouped += 1
         elif (asked := chains.ask(member, plain(x))) is not None:
             ask, tensors = asked
-            outputs = self._send(Op.CHAIN, ask.weights, ask.biases, ask.params, tensors)
+            (outputs,) = self._send(Op.CHAIN, ask.weights, ask.biases, ask.params, tensors)
             result = chains.arrived(ask, tensors[0], outputs)
         else:
             result = self._grouped(member, plain(x))

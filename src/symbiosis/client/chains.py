@@ -80,16 +80,20 @@ class Chains:
         except KeyError:
             return None
 
-    def arrived(self, ask: Ask, x: Tensor, outputs: tuple[Tensor, ...]) -> Tensor:
-        """Keep what a chain returned for ``x``; the result of its first product."""
-        first, *later = ask.answers
-        inputs = {SENT: x, **dict(enumerate(outputs))}
+    def arrived(self, ask: Ask, x: Tensor, outputs: Tensor) -> Tensor:
+        """Keep what a chain returned for ``x``: ``outputs`` (rows, sum of widths), side by side.
+        Returns the result of its first product."""
+        parts = torch.split(outputs, list(ask.widths), 1)
+        if len(outputs) > 1:
+            parts = tuple(part.contiguous() for part in parts)
+        inputs = {SENT: x, **dict(enumerate(parts))}
         for index in ask.copied:  # the model may change in place what it has in hands
             inputs[index] = inputs[index].clone()
-        self._answers = {a.member: (inputs[a.input], outputs[a.result]) for a in later}
+        first, *later = ask.answers
+        self._answers = {a.member: (inputs[a.input], parts[a.result]) for a in later}
         for node, index in ask.keeps:
             self._kept[node] = inputs[index]
-        return _shaped(outputs[first.result], first.member, x)
+        return _shaped(parts[first.result], first.member, x)
 
     def observe(self, member: Member, x: Tensor, result: Tensor) -> Tensor:
         """A product was answered; the result to hand on (watched, in a pass that is traced)."""
@@ -159,7 +163,7 @@ class Chains:
     def _outside_node(self, trace: Trace, x: Tensor) -> int:
         key = (x.data_ptr(), x._version, x.shape)
         if key not in self._outside:
-            self._outside[key] = (trace.outside(), x)  # kept, so that its memory stays its own
+            self._outside[key] = (trace.outside(x), x)  # kept, so that its memory stays its own
         return self._outside[key][0]
 
 

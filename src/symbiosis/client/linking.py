@@ -56,6 +56,7 @@ class Ask(NamedTuple):
     answers: tuple[Answer, ...]
     keeps: tuple[tuple[int, int], ...]  # (node, index of an output or `SENT`) for later chains
     copied: tuple[int, ...]  # outputs (or `SENT`) that the model holds and that are compared with
+    widths: tuple[int, ...]  # of the outputs, which come side by side as one tensor
 
 
 def link(nodes: list[Node], events: list[Event]) -> dict[tuple[Member, tuple[int, ...]], Ask]:
@@ -72,7 +73,8 @@ def link(nodes: list[Node], events: list[Event]) -> dict[tuple[Member, tuple[int
             wanted[homes[node]].add(node)
         ask = writer.ask(sorted(wanted[index]))
         inputs = {event.input for event in segment}
-        if (len(inputs) > 1 or wanted[index]) and len(writer.steps) <= MAX_STEPS:
+        useful = len(inputs) > 1 or wanted[index]
+        if ask is not None and useful and len(writer.steps) <= MAX_STEPS:
             asks[segment[0].member, tuple(segment[0].shape)] = ask
     return dict(reversed(asks.items()))
 
@@ -133,24 +135,33 @@ class _Writer:
             self._values[node] = len(self._values)
         return self._takes
 
-    def ask(self, wanted: list[int]) -> Ask:
+    def ask(self, wanted: list[int]) -> Ask | None:
         """The chain that answers the segment's products and returns the ``wanted`` nodes."""
         for event in self._segment:
             self._product(event, self._value(event.input))
-        outputs: dict[int, int] = {}  # value → index of the output
+        order: list[int] = []  # nodes that are outputs
 
         def output(node: int) -> int:
-            value = self._value(node)
-            return SENT if value == 0 else outputs.setdefault(value, len(outputs))
+            if node == self._segment[0].input:
+                return SENT
+            if node not in order:
+                order.append(node)
+            return order.index(node)
 
         answers = tuple(Answer(e.member, output(e.input), output(e.result)) for e in self._segment)
         keeps = tuple((node, output(node)) for node in wanted)
-        chain = Chain(tuple(self.steps), tuple(outputs))
+        if len({self._nodes[node].dtype for node in order}) > 1:
+            return None  # outputs side by side are of one dtype
+        values = tuple(self._value(node) for node in order)
+        chain = Chain(tuple(self.steps), values)
         weights, biases = zip(*self._weights, strict=True)
         held = {SENT, *(answer.result for answer in answers)}
         compared = {*(a.input for a in answers[1:]), *(index for _, index in keeps)}
         copied = tuple(held & compared)
-        return Ask(weights, biases, pack_chain(chain), tuple(self._takes), answers, keeps, copied)
+        widths = tuple(self._nodes[node].width for node in order)
+        return Ask(
+            weights, biases, pack_chain(chain), tuple(self._takes), answers, keeps, copied, widths
+        )
 
     def _collect(self, node: int, found: set[int]) -> None:
         if node in self._values:
@@ -163,11 +174,13 @@ class _Writer:
 
     def _value(self, node: int) -> int:
         if node not in self._values:
-            step, args, number, _, cast = self._nodes[node]
+            step, args = self._nodes[node].step, self._nodes[node].args
             assert step is not None  # a product's result has its value already
-            operands = args if step is Step.VECTOR else [self._value(a) for a in args]
-            a, b, c = (*operands, cast, 0)[:3] if len(operands) == 1 else (*operands, 0)[:3]
-            self._add(node, Instruction(step, a, b, c, number))
+            numbers = list(args) if step is Step.VECTOR else [self._value(arg) for arg in args]
+            if step is Step.CAST:
+                numbers.append(self._nodes[node].cast)
+            a, b, c = (*numbers, 0, 0)[:3]
+            self._add(node, Instruction(step, a, b, c, self._nodes[node].number))
         return self._values[node]
 
     def _product(self, event: Event, value: int) -> None:

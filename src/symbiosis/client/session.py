@@ -335,7 +335,7 @@ class Session:
             c.bytes_sent += tensor.nbytes
         for tensor in result.tensors:
             c.bytes_received += tensor.nbytes
-        if len(result.tensors) != len(weights) and op is not Op.CHAIN:
+        if len(result.tensors) != (1 if op is Op.CHAIN else len(weights)):
             raise ProtocolError(f"{len(result.tensors)} results for {len(weights)} weights")
         device = tensors[0].device
         if device.type == "cpu":

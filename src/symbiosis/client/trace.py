@@ -25,6 +25,8 @@ class Node(NamedTuple):
     """How a value came about. ``step`` None: a product returned it, or it is from outside."""
 
     step: Step | None
+    width: int  # of the last dimension
+    dtype: torch.dtype
     args: tuple[int, ...] = ()  # numbers of nodes; of a VECTOR its id
     number: float = 0.0
     is_outside: bool = False
@@ -50,11 +52,11 @@ class Trace:
 
     def watch(self, tensor: Tensor) -> Tensor:
         """``tensor``, a product's result, watched from here on as a new node."""
-        return self._wrap(tensor, self._add(Node(None)))
+        return self._wrap(tensor, self._add(tensor, None))
 
-    def outside(self) -> int:
+    def outside(self, tensor: Tensor) -> int:
         """A new node for a value whose trail is not known."""
-        return self._add(Node(None, is_outside=True))
+        return self._add(tensor, None, is_outside=True)
 
     def node_of(self, tensor: Tensor) -> int | None:
         """The node that a tensor is, if its trail is known."""
@@ -109,20 +111,30 @@ class Trace:
         if a is None:
             return None
         if func in _UNARY and not kwargs and len(args) == 1:
-            return self._add(Node(_UNARY[func], (a,)))
+            return self._add(out, _UNARY[func], (a,))
         if func is aten.pow.Tensor_Scalar:
-            return self._add(Node(Step.POWER, (a,), float(args[1])))
+            return self._add(out, Step.POWER, (a,), number=float(args[1]))
         if func is aten.mean.dim and _is_last(args) and not kwargs:
-            return self._add(Node(Step.MEAN, (a,)))
+            return self._add(out, Step.MEAN, (a,))
         if func is aten.gelu.default:
             tanh = kwargs.get("approximate", "none") == "tanh"
-            return self._add(Node(Step.GELU_TANH if tanh else Step.GELU, (a,)))
+            return self._add(out, Step.GELU_TANH if tanh else Step.GELU, (a,))
         if func is aten.native_layer_norm.default:
             return self._layer_norm(a, args)
         return None
 
-    def _add(self, node: Node) -> int:
-        self.nodes.append(node)
+    def _add(
+        self,
+        out: Tensor,
+        step: Step | None,
+        args: tuple[int, ...] = (),
+        *,
+        number: float = 0.0,
+        is_outside: bool = False,
+        cast: int = 0,
+    ) -> int:
+        width = out.shape[-1] if out.dim() else 0
+        self.nodes.append(Node(step, width, out.dtype, args, number, is_outside, cast))
         return len(self.nodes) - 1
 
     def _cast(self, a: int | None, x: Tensor, kwargs: Any, out: Tensor) -> int | None:
@@ -131,7 +143,7 @@ class Trace:
         return (
             a
             if out.dtype is x.dtype
-            else self._add(Node(Step.CAST, (a,), cast=CASTS.index(out.dtype)))
+            else self._add(out, Step.CAST, (a,), cast=CASTS.index(out.dtype))
         )
 
     def _binary(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> int | None:
@@ -146,11 +158,12 @@ class Trace:
         if a is None or self.nodes[a].step is Step.VECTOR:
             return None
         if b is not None:
-            return self._add(Node(step, (a, b)))
+            return self._add(out, step, (a, b))
         number = _number(y)
         if number is None or number_step is None or not _same_rows(x, out):
             return None
-        return self._add(Node(number_step, (a,), -number if step is Step.SUBTRACT else number))
+        number = -number if step is Step.SUBTRACT else number
+        return self._add(out, number_step, (a,), number=number)
 
     def _operand(self, arg: Any, out: Tensor) -> int | None:
         """The node of an operand with the rows of the result, or that of a vector."""
@@ -166,14 +179,14 @@ class Trace:
         if not isinstance(tensor, Tensor) or tensor.dim() != 1:
             return None
         vector = self._vector_id(tensor)
-        return self._add(Node(Step.VECTOR, (vector,))) if vector else None
+        return self._add(tensor, Step.VECTOR, (vector,)) if vector else None
 
     def _layer_norm(self, a: int, args: Any) -> int | None:
         x, shape, weight, bias, epsilon = args
         vectors = [self._vector(weight), self._vector(bias)]
         if list(shape) != [x.shape[-1]] or None in vectors:
             return None
-        return self._add(Node(Step.LAYER_NORM, (a, *vectors), epsilon))  # type: ignore[arg-type]
+        return self._add(x, Step.LAYER_NORM, (a, *vectors), number=epsilon)  # type: ignore[arg-type]
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

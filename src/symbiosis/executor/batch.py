@@ -13,7 +13,7 @@ import torch
 from symbiosis.executor import ops
 from symbiosis.executor.chain import as_rows
 from symbiosis.executor.weights import Weights
-from symbiosis.wire.exchange import Exchange
+from symbiosis.wire.exchange import Exchange, Op
 
 
 def key(exchange: Exchange, joinable: bool, unique: int) -> Hashable:
@@ -42,11 +42,13 @@ def compute(exchanges: list[Exchange], weights: Weights) -> list[tuple[torch.Ten
     sizes = [row[0].shape[0] for row in rows]
     parts = [torch.split(output, sizes) for output in outputs]
     return [
-        tuple(part[i].view(*_leading(exchange), part[i].shape[-1]) for part in parts)
-        for i, exchange in enumerate(exchanges)
+        tuple(_shaped(part[i], exchange) for part in parts) for i, exchange in enumerate(exchanges)
     ]
 
 
-def _leading(exchange: Exchange) -> tuple[int, ...]:
+def _shaped(rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+    """The rows of one client (T, O) in the leading shape of its input; a chain's as they are."""
+    if exchange.op is Op.CHAIN:
+        return rows
     dtype, shape = exchange.specs[0]
-    return shape[:-1] if dtype.is_floating_point else shape
+    return rows.view(*(shape[:-1] if dtype.is_floating_point else shape), rows.shape[-1])

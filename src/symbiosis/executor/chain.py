@@ -59,7 +59,7 @@ class _Value(NamedTuple):
 
 
 def check(exchange: Exchange, weights: Weights) -> int:
-    """The bytes that all values of a chain take. Raises InvalidInput, UnknownWeight,
+    """The bytes that the values and the result of a chain take together. Raises InvalidInput, UnknownWeight,
     ProtocolError with what is wrong."""
     if not exchange.specs or exchange.recipe:
         raise InvalidInput("a chain takes at least one tensor, and weights as they are")
@@ -71,32 +71,33 @@ def check(exchange: Exchange, weights: Weights) -> int:
     for step in chain.steps:
         values.append(_follow(step, values, exchange, weights))
     for output in chain.outputs:
-        if _earlier(values, output).is_vector:
-            raise InvalidInput("a chain cannot return a vector")
-    if not chain.outputs or min(chain.outputs) < len(exchange.specs):
-        raise InvalidInput("a chain must return values that it computes")
-    return rows * sum(v.width * ITEM_BYTES[v.dtype] for v in values)
+        if _earlier(values, output).is_vector or not values[output].width:
+            raise InvalidInput("a chain returns rows of floats")
+    if not chain.outputs or len({values[output].dtype for output in chain.outputs}) != 1:
+        raise InvalidInput("a chain must return values, of one dtype")
+    results = [values[output] for output in chain.outputs]
+    return rows * sum(v.width * ITEM_BYTES[v.dtype] for v in (*values, *results))
 
 
 def run(
     exchange: Exchange, weights: Weights, inputs: tuple[torch.Tensor, ...]
 ) -> list[torch.Tensor]:
-    """The outputs of a checked chain, each (rows, width) and contiguous, for ``inputs`` (its own
-    tensors, or several clients' rows joined)."""
+    """The outputs of a checked chain side by side, as one tensor (rows, sum of widths), for
+    ``inputs`` (its own tensors, or several clients' rows joined)."""
     chain: Chain = unpack_chain(exchange.params)
     values = [as_rows(x).to(weights.device) for x in inputs]
     for step in chain.steps:
         values.append(_compute(step, values, exchange, weights))
-    return [values[output].contiguous() for output in chain.outputs]
+    return [torch.cat([values[output] for output in chain.outputs], 1)]
 
 
-def ids_and_sizes(exchange: Exchange, weights: Weights) -> list[tuple[torch.Tensor, int]]:
-    """The token ids among the inputs, with the number of rows of the embeddings they go to."""
-    return [
-        (exchange.tensors[step.a], weights[exchange.weights[step.b]].tensor.shape[0])
+def lookups(exchange: Exchange, weights: Weights) -> tuple[tuple[int, int], ...]:
+    """For each embedding of a checked chain: which tensor holds the ids, and its weight's rows."""
+    return tuple(
+        (step.a, weights[exchange.weights[step.b]].tensor.shape[0])
         for step in unpack_chain(exchange.params).steps
         if step.step is Step.EMBEDDING
-    ]
+    )
 
 
 def rows_of(spec: TensorSpec) -> int:

@@ -91,7 +91,7 @@ class Engine:
     def submit(self, client: int, exchange: Exchange, plan: ops.Plan, reply: Reply) -> None:
         """Queue an admitted exchange with its tensors; ``reply`` will be called once."""
         try:
-            ops.check_values(exchange, self.weights)
+            ops.check_values(exchange, plan)
         except InvalidInput as error:
             self.refused(client)
             reply(error)

@@ -33,6 +33,7 @@ class Plan(NamedTuple):
     rows: int
     result_bytes: int
     joinable: bool  # may be computed together with others on the same weight
+    lookups: tuple[tuple[int, int], ...] = ()  # (tensor that holds token ids, rows they index)
 
 
 def check(exchange: Exchange, weights: Weights) -> Plan:
@@ -52,13 +53,15 @@ def check(exchange: Exchange, weights: Weights) -> Plan:
     item = ITEM_BYTES[weights.dtype if exchange.op is Op.EMBEDDING else spec.dtype]
     joinable = exchange.op in (Op.LINEAR, Op.MATMUL, Op.EMBEDDING)
     rows = math.prod(spec.shape if exchange.op is Op.EMBEDDING else spec.shape[:-1])
-    return Plan(rows, sum(item * math.prod(shape) for shape in shapes), joinable)
+    lookups = ((0, min(view.shape[0] for view in views)),) if exchange.op is Op.EMBEDDING else ()
+    return Plan(rows, sum(item * math.prod(shape) for shape in shapes), joinable, lookups)
 
 
 def _check_chain(exchange: Exchange, weights: Weights) -> Plan:
     _check_sizes(exchange)
     values_bytes = chain.check(exchange, weights)
-    return Plan(chain.rows_of(exchange.specs[0]), values_bytes, joinable=True)
+    rows, lookups = chain.rows_of(exchange.specs[0]), chain.lookups(exchange, weights)
+    return Plan(rows, values_bytes, joinable=True, lookups=lookups)
 
 
 def run(
@@ -67,7 +70,7 @@ def run(
     """Compute ``exchange`` on ``inputs`` (its own tensors, or several clients' rows joined).
 
     One tensor per weight, in the input's dtype (the weight's for an embedding), contiguous; of
-    a chain, its outputs.
+    a chain, one tensor with its outputs side by side.
     """
     if exchange.op is Op.CHAIN:
         return chain.run(exchange, weights, inputs)
@@ -77,15 +80,11 @@ def run(
     ]
 
 
-def check_values(exchange: Exchange, weights: Weights) -> None:
+def check_values(exchange: Exchange, plan: Plan) -> None:
     """Values that would make a kernel read out of bounds; raises InvalidInput."""
-    if exchange.op is Op.EMBEDDING:
-        size = min(weights.like(weight, exchange.recipe).shape[0] for weight in exchange.weights)
-        _check_ids(exchange.tensors[0], size)
-    elif exchange.op is Op.CHAIN:
-        for ids, size in chain.ids_and_sizes(exchange, weights):
-            _check_ids(ids, size)
-    elif exchange.op is Op.GROUPED_MATMUL:
+    for tensor, size in plan.lookups:
+        _check_ids(exchange.tensors[tensor], size)
+    if exchange.op is Op.GROUPED_MATMUL:
         rows = exchange.specs[0].shape[0]
         offsets = exchange.tensors[1].tolist()
         rise = all(a <= b for a, b in zip([0, *offsets], offsets, strict=False))

@@ -60,8 +60,7 @@ class Exchange(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One tensor per weight of the exchange (per output of a chain), and how the time was
-    spent."""
+    """One tensor per weight of the exchange (one for a chain), and how the time was spent."""
 
     tensors: tuple[torch.Tensor, ...]
     queue_us: int  # from arrival to the start of its batch
