@@ -117,7 +117,11 @@ class Session:
         self._remove_folder: weakref.finalize[[Path, int], Session] | None = None
         self.weights: dict[int, WeightInfo] = {}
         self.welcome = self._open().welcome
-        self.weights = _weight_table(self.welcome)
+        try:
+            self.weights = _weight_table(self.welcome)
+        except ProtocolError:
+            self._drop_channel()
+            raise
         self.vectors = _vector_table(self.welcome)
 
     # Models
