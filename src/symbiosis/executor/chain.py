@@ -59,8 +59,8 @@ class _Value(NamedTuple):
 
 
 def check(exchange: Exchange, weights: Weights) -> int:
-    """The bytes that the values and the result of a chain take together. Raises InvalidInput, UnknownWeight,
-    ProtocolError with what is wrong."""
+    """The bytes that the values and the result of a chain take together. Raises InvalidInput,
+    UnknownWeight, ProtocolError with what is wrong."""
     if not exchange.specs or exchange.recipe:
         raise InvalidInput("a chain takes at least one tensor, and weights as they are")
     rows = rows_of(exchange.specs[0])
