@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import LLAMA_110M, executor, make_model, save
 
 import symbiosis
+from harness import LLAMA_110M, executor, make_model, save
 
 SIZES = {"8 KB": 8 << 10, "64 KB": 64 << 10, "1 MB": 1 << 20, "8 MB": 8 << 20}
 _FEATURES = 64
@@ -132,7 +132,7 @@ def main() -> None:
         makers = {"bare": bare}
         for name, url, place in (
             ("unix, arena", served.unix, {}),
-            ("unix, socket", served.unix, {}),
+            ("unix, socket", served.unix, {"arena_bytes": 0}),
             ("tcp", served.tcp, {}),
         ):
             makers[name] = exchange_timer(symbiosis.connect(url, **place))
