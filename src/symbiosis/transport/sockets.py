@@ -168,9 +168,9 @@ class SocketChannel:
         """
         self._url = url
         self._request = 0
-        self._laid: Laid | None = None  # of the exchange under way
+        self._awaited = _Awaited()
         self._socket = self._dial(Address.parse(url), timeout_s)
-        self._reader = FrameReader(_CLIENT_LIMITS, self._admit)
+        self._reader = FrameReader(_CLIENT_LIMITS, self._awaited.admit)
         self._arena = self._make_arena(arena_bytes)
         try:
             self._greet(hello)
@@ -196,7 +196,7 @@ class SocketChannel:
         tensors, specs, kind = exchange.tensors, exchange.specs, Kind.EXCHANGE
         product, elements = exchange[:5], tensors[0].numel()
         if self._arena is not None:
-            self._laid = laid = self._arena.lay_out(product, tensors, specs)
+            self._awaited.laid = laid = self._arena.lay_out(product, tensors, specs)
             if laid is not None:
                 tensors, specs, kind = laid.inline, laid.places.inline(specs), Kind.PLACED
                 meta = pack_places(laid.places) + meta
@@ -212,15 +212,15 @@ class SocketChannel:
         try:
             frame = self._expect(Kind.RESULT)
         except SymbiosisError:  # refused, or nobody is there: nobody uses the places any more
-            self._laid = None
+            self._awaited.laid = None
             raise
         assert isinstance(frame.admitted, tuple)
         result, specs = frame.admitted
         if self._arena is not None:
             self._arena.learn(product, elements, specs)
-            if self._laid is not None:
-                found = self._laid.results(specs, frame.payload)
-                self._laid = None
+            if self._awaited.laid is not None:
+                found = self._awaited.laid.results(specs, frame.payload)
+                self._awaited.laid = None
                 return Result(found, *result[1:])
         return Result(from_payload(frame.payload, specs), *result[1:])
 
@@ -234,7 +234,7 @@ class SocketChannel:
         self._socket.close()
         if self._arena is not None:
             self._arena.close_descriptor()
-        self._arena = self._laid = None  # tensors that lie there keep the memory
+        self._arena = self._awaited.laid = None  # tensors that lie there keep the memory
 
     def _make_arena(self, arena_bytes: int) -> Arena | None:
         if not arena_bytes or self._socket.family != socket.AF_UNIX:
@@ -321,11 +321,20 @@ class SocketChannel:
         reason = f": {error.strerror or error}" if error else ""
         return ConnectionLost(f"the executor at {self._url} has gone{reason}")
 
-    def _admit(self, kind: Kind, meta: bytes, payload_bytes: int) -> object:
+
+class _Awaited:
+    """What the reader must know of the exchange under way. (Not the channel itself: a cycle
+    would keep a forgotten channel's socket open.)"""
+
+    def __init__(self) -> None:
+        self.laid: Laid | None = None
+
+    def admit(self, kind: Kind, meta: bytes, payload_bytes: int) -> object:
+        """See `Admit`."""
         if kind is not Kind.RESULT:
             return None
         result, specs = unpack_result(meta)
-        inline = specs if self._laid is None else self._laid.outside(specs)
+        inline = specs if self.laid is None else self.laid.outside(specs)
         if offsets(inline)[1] != payload_bytes:
             raise ProtocolError("a result's payload does not fit its description")
         return result, specs
