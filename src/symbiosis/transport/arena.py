@@ -8,7 +8,9 @@ knows nothing of frames or operations.
 from __future__ import annotations
 
 import bisect
+import ctypes
 import fcntl
+import functools
 import logging
 import mmap
 import os
@@ -124,6 +126,8 @@ class Arena:
         self._learned: dict[object, tuple[int, tuple[int, ...]]] = {}
         self._touched = self._peak = 0  # highest ends: ever used, used since the last trim
         self._until_trim = _TRIM_EVERY
+        self._kept: list[tuple[int, bytes]] = []
+        _privatise_after_fork(self)
 
     def close_descriptor(self) -> None:
         """After it has been handed over; the memory stays as long as a tensor sees it."""
@@ -185,6 +189,20 @@ class Arena:
         self._reclaim()
         return sum(hold.room.size for hold in self._holds.values())
 
+    def before_fork(self) -> None:
+        """Keep what tensors see now for the child."""
+        rooms = [hold.room for hold in list(self._holds.values())]
+        self._kept = [(start, bytes(self._view[start : start + size])) for start, size in rooms]
+
+    def after_fork(self, *, child: bool) -> None:
+        """In the child: put memory of its own in place of the shared one."""
+        if child:
+            address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
+            _map_private(address, self.size_bytes)
+            for start, data in self._kept:
+                self._view[start : start + len(data)] = data
+        self._kept = []
+
     def _block(self, num_bytes: int) -> tuple[int, memoryview] | None:
         size = -(-num_bytes // _PAGE) * _PAGE
         start = self._free.take(size)
@@ -216,6 +234,43 @@ class Arena:
             self._map.madvise(mmap.MADV_REMOVE, self._peak, self._touched - self._peak)
             self._touched = self._peak
         self._peak = max((sum(hold.room) for hold in self._holds.values()), default=0)
+
+
+_forkable: weakref.WeakSet[Arena] = weakref.WeakSet()
+_MAP_NORESERVE = 0x4000
+
+
+def _privatise_after_fork(arena: Arena) -> None:
+    """Tensors in a forked child must not change when the parent uses their places again."""
+    _watch_forks()
+    _forkable.add(arena)
+
+
+@functools.cache
+def _watch_forks() -> None:
+    def before() -> None:
+        for arena in list(_forkable):
+            arena.before_fork()
+
+    def after(child: bool) -> None:
+        for arena in list(_forkable):
+            arena.after_fork(child=child)
+
+    os.register_at_fork(
+        before=before,
+        after_in_parent=lambda: after(False),
+        after_in_child=lambda: after(True),
+    )
+
+
+def _map_private(address: int, size: int) -> None:
+    mmap_at = ctypes.CDLL(None).mmap
+    mmap_at.restype = ctypes.c_void_p
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10 | _MAP_NORESERVE  # 0x10: MAP_FIXED
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    length, no_offset = ctypes.c_size_t(size), ctypes.c_long(0)
+    found = mmap_at(ctypes.c_void_p(address), length, protection, flags, -1, no_offset)
+    assert found == address, "no memory for a forked child's tensors"
 
 
 def _in_block(block: memoryview | None, spec: TensorSpec) -> torch.Tensor:
