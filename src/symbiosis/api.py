@@ -18,18 +18,21 @@ def connect(
     name: str | None = None,
     priority: PriorityName = "auto",
     timeout_s: float = 10.0,
+    arena_bytes: int = 4 << 30,
 ) -> Session:
     """Open a session with the executor at ``base``.
 
     ``base`` is ``unix:///path.sock``, ``tcp://host:port``, or an `Executor` of this process.
     ``name`` is what ``symbiosis status`` shows. ``priority`` says whether a person waits for the
     answers (``interactive``) or a training loop does (``training``); ``auto`` decides for each
-    exchange by whether gradients are recorded. ``timeout_s`` bounds connecting.
+    exchange by whether gradients are recorded. ``timeout_s`` bounds connecting. ``arena_bytes``
+    is the address space that is shared with an executor behind a UNIX socket, for large tensors;
+    memory is taken as it is used, and 0 sends everything through the socket.
 
     Raises ConnectionFailed, ProtocolError.
     """
     if not isinstance(base, str):
         return Session(base.open_channel, "inproc", name=name, priority=priority)
     url = str(Address.parse(base))
-    opener = functools.partial(SocketChannel, url, timeout_s=timeout_s)
+    opener = functools.partial(SocketChannel, url, timeout_s=timeout_s, arena_bytes=arena_bytes)
     return Session(opener, url, name=name, priority=priority)
