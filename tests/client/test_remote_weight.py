@@ -295,3 +295,12 @@ def test_a_gradient_makes_it_local_and_trainable(
     for name, parameter in trained.items():
         torch.testing.assert_close(parameter, local.get_parameter(name))
     assert len(remote_names(model)) == 14
+
+
+def test_its_numbers_can_leave_torch(weight: RemoteWeight, plain: torch.Tensor) -> None:
+    """As a NumPy array, the caller's own, or as a list; read once."""
+    array = weight.cpu().numpy()
+    assert (array == plain.numpy()).all()
+    array[:] = 0
+    assert weight.tolist() == plain.tolist()
+    assert weight._session.stats().fetched_bytes == plain.nbytes

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from symbiosis.client.remote_weight import ATEN, READS, RemoteWeight
+from symbiosis.client.remote_weight import ATEN, FUNCTIONS, READS, RemoteWeight
 from symbiosis.wire.views import View
 
 aten = torch.ops.aten
@@ -102,6 +102,20 @@ def _aten_new(func: Any, args: Any, kwargs: Any) -> Any:
     plain = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
     return func(plain, *args[1:], **kwargs)
 
+
+def _numpy(weight: Any, **kwargs: Any) -> Any:
+    if type(weight) is not RemoteWeight:
+        return NotImplemented
+    return weight.fetch("numpy").numpy(**kwargs)
+
+
+def _tolist(weight: Any) -> Any:
+    if type(weight) is not RemoteWeight:
+        return NotImplemented
+    return weight.fetch("tolist").tolist()
+
+
+FUNCTIONS.update({torch.Tensor.numpy: _numpy, torch.Tensor.tolist: _tolist})
 
 ATEN.update(
     {

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from symbiosis.client import destinations
 from symbiosis.client.session import Session
 from symbiosis.errors import UnsupportedOperation
 from symbiosis.wire.views import Recipe, View, look
@@ -160,6 +161,11 @@ class RemoteWeight(Tensor):
         if func in READS or (torch.Tag.pointwise in func.tags and not func._schema.is_mutable):
             why = func._schema.name.removeprefix("aten::")
             return func(*_fetched(args, why), **_fetched(kwargs, why))
+        twin = destinations.twin_of(func) if func._schema.is_mutable else None
+        if twin is not None:
+            found = destinations.write(twin, args, kwargs)
+            if found is not NotImplemented:
+                return found
         raise UnsupportedOperation(
             f"{func} has no meaning on the remote weight {_first(args, kwargs).weight_name}: "
             f"products, lookups, views, casts and reads have one. To work on the numbers "
