@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from symbiosis.client.remote_weight import ATEN, FUNCTIONS, READS, RemoteWeight
+from symbiosis.errors import SymbiosisError
 from symbiosis.wire.views import View
 
 aten = torch.ops.aten
@@ -115,7 +116,19 @@ def _tolist(weight: Any) -> Any:
     return weight.fetch("tolist").tolist()
 
 
-FUNCTIONS.update({torch.Tensor.numpy: _numpy, torch.Tensor.tolist: _tolist})
+def _storage(weight: Any) -> Any:
+    """safetensors asks for the storage before it writes one, and takes a NotImplementedError for
+    a tensor without numbers: not an UnsupportedOperation, therefore."""
+    raise SymbiosisError(weight.cannot_be_saved())
+
+
+FUNCTIONS.update(
+    {
+        torch.Tensor.numpy: _numpy,
+        torch.Tensor.tolist: _tolist,
+        torch.Tensor.storage: _storage,
+    }
+)
 
 ATEN.update(
     {

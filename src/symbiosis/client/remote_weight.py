@@ -127,12 +127,16 @@ class RemoteWeight(Tensor):
             memo[id(self)] = twin
         return memo[id(self)]  # type: ignore[no-any-return]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UnsupportedOperation(
+    def cannot_be_saved(self) -> str:
+        """Why, and what to do instead."""
+        return (
             f"{self.weight_name} cannot be pickled or saved: its numbers are in the executor at "
             f"{self._session.url}. Save the adapter (model.save_pretrained on a PEFT model), or "
             f"fetch the weight explicitly with .fetch(...)"
         )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedOperation(self.cannot_be_saved())
 
     @classmethod
     def __torch_function__(
