@@ -10,6 +10,7 @@ norm, an SVD) fetch the weight, once, and say so in the log.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -243,3 +244,10 @@ def _rebuild(
 
 
 ForkingPickler.register(RemoteWeight, _reduce_for_worker)
+
+with contextlib.suppress(ImportError):  # the worker processes of ``datasets``
+    from multiprocess.reduction import (  # type: ignore[import-untyped,import-not-found,unused-ignore]
+        ForkingPickler as DillPickler,
+    )
+
+    DillPickler.register(RemoteWeight, _reduce_for_worker)
