@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from processes import Outcome, Served, finish, serve
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
 import tiny_files
 
 

@@ -144,3 +144,22 @@ def test_sigterm_ends_a_server_in_order(model_folder: Path, tmp_path: Path, call
     assert "Traceback" not in ended.err
     assert not socket.exists()
     assert re.search("shutting down|has gone", finish(watching).error)
+
+
+def test_a_quantised_base(model_folder: Path, tmp_path: Path, call: Call) -> None:
+    """It says so where it starts and in its status, and its libraries do not chatter."""
+    server = serve(model_folder, tmp_path, "--quantize", "nf4")
+    facts = dict(line.split(maxsplit=1) for line in server.lines[1:-1])
+    assert facts["weights"].endswith("in nf4 and float32")
+    stats = json.loads(call("status", "--base", server.unix, "--once", "--json").out)
+    assert stats["quantization"] == "nf4"
+    assert stats["bytes"] < 4 * stats["parameters"] / 2
+    assert "in nf4 and float32 on cpu" in call("status", "--base", server.unix, "--once").out
+    answer = call(
+        "generate", "--base", server.unix, "--prompt", "the cat", "--max-new-tokens", 3
+    )  # fmt: skip
+    assert answer.code == 0, answer
+    server.process.send_signal(signal.SIGTERM)
+    ended = finish(server.process)
+    assert ended.code == 0
+    assert "torchao" not in ended.err + answer.err

@@ -20,6 +20,7 @@ from rich.console import Console
 from symbiosis.cli import console, serve, status
 from symbiosis.cli.progress import progress_of
 from symbiosis.executor.executor import FetchPolicy
+from symbiosis.executor.quantized import Scheme
 from symbiosis.executor.scheduler import POLICIES
 from symbiosis.jobs.record import Progress
 from symbiosis.transport.sockets import Address
@@ -53,6 +54,7 @@ def test_overview_and_version(call: Call) -> None:
 def test_choices_are_those_of_the_library() -> None:
     assert [policy.value for policy in serve.Policy] == list(POLICIES)
     assert [fetch.value for fetch in serve.Fetch] == list(get_args(FetchPolicy))
+    assert [scheme.value for scheme in serve.Quantize] == ["none", *get_args(Scheme)]
     assert Address.parse(serve.DEFAULT_URL) == Address.parse("tcp://127.0.0.1")
 
 

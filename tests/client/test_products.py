@@ -61,6 +61,20 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     ),
     "elementwise": lambda x, w: x * w[:4],
     "linear with a scaled weight": lambda x, w: F.linear(x, w * 0.5),
+    "mm into given memory": lambda x, w: (
+        x.sum() + torch.mm(x.detach(), w.t(), out=torch.empty(4, 64))
+    ),
+    "mm into a part of given memory": lambda x, w: (
+        x.sum() + torch.mm(x.detach(), w[:8].t(), out=torch.zeros(8, 64)[:4, :8])
+    ),
+    "mm into memory that grows": lambda x, w: (
+        x.sum() + torch.mm(x.detach(), w.t(), out=torch.empty(0))
+    ),
+    "addmm into given memory": lambda x, w: (
+        x.sum() + torch.addmm(torch.ones(64), x.detach(), w.t(), out=torch.empty(4, 64))
+    ),
+    "addmm in place": lambda x, w: torch.ones(4, 64).addmm_(x, w.t(), beta=2),
+    "adding in place": lambda x, w: x.clone().add_(w[:4]),
     "in place on the result": lambda x, w: F.linear(x, w).mul_(2).add_(1),
 }
 
@@ -80,6 +94,15 @@ def test_values_and_gradients(pair: Pair, name: str) -> None:
     torch.testing.assert_close(y, local_y, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, local_gradient, rtol=1e-5, atol=1e-6)
     assert type(up(pair[0]).weight) is RemoteWeight
+
+
+def test_what_does_not_fit_its_destination_is_refused_as_torch_does(pair: Pair) -> None:
+    for model in pair:
+        weight = up(model).weight.requires_grad_(False)
+        with pytest.raises(RuntimeError, match=r"cannot|can't"):
+            torch.ones(4, 64, dtype=torch.int64).add_(weight[:1, 0])
+        with pytest.raises(RuntimeError, match="shape"):
+            torch.ones(32).add_(weight)
 
 
 def test_double_backward(pair: Pair) -> None:

@@ -7,16 +7,18 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
 import tiny
 from symbiosis import Executor, Session, connect
 from symbiosis.client.remote_weight import RemoteWeight
-from symbiosis.errors import UnsupportedOperation
+from symbiosis.errors import SymbiosisError, UnsupportedOperation
 
 
 @pytest.fixture
@@ -150,6 +152,22 @@ def test_a_plain_pickle_says_what_to_do_instead(
 def test_a_saved_state_dict_says_what_to_do_instead(model: PreTrainedModel) -> None:
     with pytest.raises(UnsupportedOperation, match="adapter"):
         torch.save(model.state_dict(), io.BytesIO())
+
+
+@pytest.mark.parametrize("how", ["save_pretrained", "save_file", "save_model"])
+def test_a_file_of_weights_says_what_to_do_instead(
+    model: PreTrainedModel, tmp_path: Path, how: str
+) -> None:
+    """And not with an empty file, which safetensors writes for tensors without a storage."""
+    file = tmp_path / "model.safetensors"
+    save = {
+        "save_pretrained": lambda: model.save_pretrained(tmp_path),
+        "save_file": lambda: save_file(model.state_dict(), file),
+        "save_model": lambda: save_model(model, str(file)),
+    }[how]
+    with pytest.raises(SymbiosisError, match="Save the adapter"):
+        save()
+    assert not file.exists()
 
 
 # Reading
@@ -295,3 +313,12 @@ def test_a_gradient_makes_it_local_and_trainable(
     for name, parameter in trained.items():
         torch.testing.assert_close(parameter, local.get_parameter(name))
     assert len(remote_names(model)) == 14
+
+
+def test_its_numbers_can_leave_torch(weight: RemoteWeight, plain: torch.Tensor) -> None:
+    """As a NumPy array, the caller's own, or as a list; read once."""
+    array = weight.cpu().numpy()
+    assert (array == plain.numpy()).all()
+    array[:] = 0
+    assert weight.tolist() == plain.tolist()
+    assert weight._session.stats().fetched_bytes == plain.nbytes

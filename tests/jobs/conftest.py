@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import tiny_files
 from transformers import PreTrainedTokenizerFast
 
+import tiny_files
 from symbiosis import Executor
 
 Host = Callable[[Path], str]

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_files import MARKED, TURNS
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from symbiosis.errors import DataError
 from symbiosis.jobs.data import Format, Row
 from symbiosis.jobs.encode import IGNORED, collate, encode, loss_scope, pad_id
+from tiny_files import MARKED, TURNS
 
 END = 1
 

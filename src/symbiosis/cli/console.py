@@ -83,6 +83,8 @@ def quiet_libraries() -> None:
     if not debugging():
         transformers_logging.set_verbosity_error()
         warnings.filterwarnings("ignore", module=r"(peft|transformers)\.")
+        for name in ("torchao", "torch.utils._pytree"):  # peft imports torchao where there is one
+            logging.getLogger(name).setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
 
 

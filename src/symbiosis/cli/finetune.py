@@ -123,6 +123,7 @@ def _run(
     config: Path | None,
     threads: int | None,
 ) -> None:
+    console.quiet_libraries()
     from symbiosis.jobs.methods import read_options
 
     options = read_options(assignments, config)
@@ -133,7 +134,6 @@ def _run(
     from symbiosis.cli.progress import progress_of
     from symbiosis.jobs import finetune as job
 
-    console.quiet_libraries()
     console.set_threads(threads)
     try:
         with progress_of(spec.name or spec.out.name) as on_event:

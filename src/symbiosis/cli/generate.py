@@ -78,9 +78,9 @@ def generate(
 
 
 def _run(spec: GenerateSpec, threads: int | None) -> None:
+    console.quiet_libraries()
     from symbiosis.jobs import generate as job
 
-    console.quiet_libraries()
     console.set_threads(threads)
     labelled = len(spec.prompts) > 1 or len(spec.adapters) > 1
     for answer in job.run(spec, _writer(labelled)):

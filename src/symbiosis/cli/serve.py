@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from symbiosis.executor.executor import Executor
+    from symbiosis.executor.quantized import Scheme
     from symbiosis.transport.sockets import Address
 
 DEFAULT_URL = "tcp://127.0.0.1:7420"
@@ -42,6 +43,12 @@ class Fetch(enum.StrEnum):
     deny = "deny"
 
 
+class Quantize(enum.StrEnum):
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
 def serve(
     model: Annotated[str, typer.Argument(help="A transformers model folder, or a hub id.")],
     listen: Annotated[
@@ -56,6 +63,14 @@ def serve(
     device: Annotated[
         str, typer.Option(metavar="cpu|cuda", help="Where the frozen weights are.")
     ] = "cpu",
+    quantize: Annotated[
+        Quantize,
+        typer.Option(
+            help="Keep the matrices of the linear layers in 8 bits (int8) or 4 (nf4, as in QLoRA); "
+            "embeddings, head and experts stay dense. Needs torchao. Less memory, more time, "
+            "slightly other answers."
+        ),
+    ] = Quantize.none,
     policy: Annotated[
         Policy,
         typer.Option(
@@ -96,9 +111,9 @@ def serve(
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
+    console.quiet_libraries()
     from symbiosis.executor.executor import Executor
 
-    console.quiet_libraries()
     console.set_threads(threads)
     urls = listen or [DEFAULT_URL]
     _check_addresses(urls, allow_remote)
@@ -108,6 +123,7 @@ def serve(
         _name_of(model),
         dtype=_torch_dtype(dtype),
         device=device,
+        quantize=_scheme(quantize),
         policy=policy.value,
         training_share=training_share,
         fetch=fetch.value,
@@ -166,6 +182,15 @@ def _name_of(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
+def _scheme(quantize: Quantize) -> Scheme | None:
+    match quantize:
+        case Quantize.int8:
+            return "int8"
+        case Quantize.nf4:
+            return "nf4"
+    return None
+
+
 def _torch_dtype(dtype: Dtype) -> torch.dtype | None:
     import torch
 
@@ -177,10 +202,12 @@ def _torch_dtype(dtype: Dtype) -> torch.dtype | None:
 def _announce(executor: Executor, urls: list[str], policy: str) -> None:
     facts = executor.describe()
     weights = f"{console.amount(_number(facts['parameters']))} parameters"
+    scheme = f"{facts['quantization']} and " if facts["quantization"] else ""
+    size = f"{console.size(_number(facts['bytes']))} in {scheme}{facts['dtype']}"
     lines = {
         "model": facts["model"],
         "architecture": facts["architecture"],
-        "weights": f"{weights}, {console.size(_number(facts['bytes']))} in {facts['dtype']}",
+        "weights": f"{weights}, {size}",
         "device": facts["device"],
         "policy": policy,
         "pid": facts["pid"],

@@ -81,13 +81,19 @@ def _facts(stats: Stats) -> str:
     mean = sum(size * count for size, count in sizes.items()) / batches if batches else 0.0
     return (
         f"{stats['model']}: {stats['architecture']}, {console.amount(stats['parameters'])} "
-        f"parameters in {stats['dtype']} on {stats['device']}, policy {stats['policy']}, "
+        f"parameters in {_numbers(stats)} on {stats['device']}, policy {stats['policy']}, "
         f"up {console.duration(stats['uptime_s'])}\n"
         f"{stats['exchanges_per_s']:,.1f} exchanges/s, {stats['rows_per_s']:,.0f} rows/s, "
         f"{stats['exchanges']:,} exchanges in {batches:,} batches (mean {mean:.2f}, largest "
         f"{max(sizes, default=0)}), {stats['waiting']} waiting, memory "
         f"{console.size(stats['memory_bytes'])}"
     )
+
+
+def _numbers(stats: Stats) -> str:
+    """How the weights are kept."""
+    scheme = stats.get("quantization")
+    return f"{scheme} and {stats['dtype']}" if scheme else str(stats["dtype"])
 
 
 def _clients(clients: dict[str, dict[str, Any]]) -> Table:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from symbiosis.client.remote_weight import ATEN, READS, RemoteWeight
+from symbiosis.client.remote_weight import ATEN, FUNCTIONS, READS, RemoteWeight
+from symbiosis.errors import SymbiosisError
 from symbiosis.wire.views import View
 
 aten = torch.ops.aten
@@ -102,6 +103,32 @@ def _aten_new(func: Any, args: Any, kwargs: Any) -> Any:
     plain = torch.empty(0, dtype=args[0].dtype, device=args[0].device)
     return func(plain, *args[1:], **kwargs)
 
+
+def _numpy(weight: Any, **kwargs: Any) -> Any:
+    if type(weight) is not RemoteWeight:
+        return NotImplemented
+    return weight.fetch("numpy").numpy(**kwargs)
+
+
+def _tolist(weight: Any) -> Any:
+    if type(weight) is not RemoteWeight:
+        return NotImplemented
+    return weight.fetch("tolist").tolist()
+
+
+def _storage(weight: Any) -> Any:
+    """safetensors asks for the storage before it writes one, and takes a NotImplementedError for
+    a tensor without numbers: not an UnsupportedOperation, therefore."""
+    raise SymbiosisError(weight.cannot_be_saved())
+
+
+FUNCTIONS.update(
+    {
+        torch.Tensor.numpy: _numpy,
+        torch.Tensor.tolist: _tolist,
+        torch.Tensor.storage: _storage,
+    }
+)
 
 ATEN.update(
     {

@@ -10,6 +10,7 @@ norm, an SVD) fetch the weight, once, and say so in the log.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from symbiosis.client import destinations
 from symbiosis.client.session import Session
 from symbiosis.errors import UnsupportedOperation
 from symbiosis.wire.views import Recipe, View, look
@@ -126,12 +128,16 @@ class RemoteWeight(Tensor):
             memo[id(self)] = twin
         return memo[id(self)]  # type: ignore[no-any-return]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise UnsupportedOperation(
+    def cannot_be_saved(self) -> str:
+        """Why, and what to do instead."""
+        return (
             f"{self.weight_name} cannot be pickled or saved: its numbers are in the executor at "
             f"{self._session.url}. Save the adapter (model.save_pretrained on a PEFT model), or "
             f"fetch the weight explicitly with .fetch(...)"
         )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedOperation(self.cannot_be_saved())
 
     @classmethod
     def __torch_function__(
@@ -160,6 +166,11 @@ class RemoteWeight(Tensor):
         if func in READS or (torch.Tag.pointwise in func.tags and not func._schema.is_mutable):
             why = func._schema.name.removeprefix("aten::")
             return func(*_fetched(args, why), **_fetched(kwargs, why))
+        twin = destinations.twin_of(func) if func._schema.is_mutable else None
+        if twin is not None:
+            found = destinations.write(twin, args, kwargs)
+            if found is not NotImplemented:
+                return found
         raise UnsupportedOperation(
             f"{func} has no meaning on the remote weight {_first(args, kwargs).weight_name}: "
             f"products, lookups, views, casts and reads have one. To work on the numbers "
@@ -233,3 +244,10 @@ def _rebuild(
 
 
 ForkingPickler.register(RemoteWeight, _reduce_for_worker)
+
+with contextlib.suppress(ImportError):  # the worker processes of ``datasets``
+    from multiprocess.reduction import (  # type: ignore[import-untyped,import-not-found,unused-ignore]
+        ForkingPickler as DillPickler,
+    )
+
+    DillPickler.register(RemoteWeight, _reduce_for_worker)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from symbiosis.errors import FetchRefused, ProtocolError, SymbiosisError
 from symbiosis.executor.engine import Engine
+from symbiosis.executor.quantized import Scheme
 from symbiosis.executor.scheduler import Policy, Scheduler
 from symbiosis.executor.server import Server
 from symbiosis.executor.weights import Weights
@@ -70,12 +71,17 @@ class Executor:
         *,
         dtype: torch.dtype | None = None,
         device: str = "cpu",
+        quantize: Scheme | None = None,
         policy: Policy = "greedy",
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
     ) -> Executor:
-        """Load a local ``transformers`` folder or a hub id; raises ModelError."""
-        weights = Weights.load(model, dtype=dtype, device=device)
+        """Load a local ``transformers`` folder or a hub id; raises ModelError.
+
+        ``quantize`` keeps the matrices of the linear layers in eight bits (``int8``) or four
+        (``nf4``); embeddings, the output head, convolutions and experts stay dense.
+        """
+        weights = Weights.load(model, dtype=dtype, device=device, quantize=quantize)
         return cls(weights, policy=policy, training_share=training_share, fetch=fetch)
 
     @classmethod
@@ -182,6 +188,7 @@ class Executor:
             "device": str(weights.device),
             "parameters": weights.num_parameters,
             "bytes": weights.num_bytes,
+            "quantization": weights.quantization,
             "pid": os.getpid(),
         }
 
@@ -198,7 +205,7 @@ class Executor:
         if stats is not None:
             stats.fetches += 1
         logger.info("client %d fetches %s for %s", client, name, why[:200])
-        data = hosted.tensor.cpu().contiguous()
+        data = hosted.dense().cpu().contiguous()
         return {"dtype": str(data.dtype).removeprefix("torch.")}, data.reshape(-1).view(torch.uint8)
 
     def _welcome(self, client: int) -> Json:

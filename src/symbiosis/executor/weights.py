@@ -25,6 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from symbiosis.errors import InvalidInput, ModelError, UnknownWeight
+from symbiosis.executor import quantized
+from symbiosis.executor.quantized import QuantizedMatrix, Scheme
 from symbiosis.wire.tensors import ALIGNMENT
 from symbiosis.wire.views import Recipe, look
 
@@ -55,11 +57,24 @@ never weights and never code."""
 
 @dataclass(frozen=True)
 class HostedWeight:
-    """One frozen weight; tied parameters are one weight with several names."""
+    """One frozen weight; tied parameters are one weight with several names.
+
+    ``tensor`` holds the numbers; of a quantised weight only shape and dtype (on the meta device).
+    """
 
     id: int
     names: tuple[str, ...]
     tensor: torch.Tensor
+    quantized: QuantizedMatrix | None = None
+
+    def dense(self) -> torch.Tensor:
+        """The numbers; those of a quantised weight newly made."""
+        return self.tensor if self.quantized is None else self.quantized.dense()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        return self.tensor.nbytes if self.quantized is None else self.quantized.num_bytes
 
 
 class Weights:
@@ -69,31 +84,52 @@ class Weights:
     between threads.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        folder: Path | None = None,
+        quantize: Scheme | None = None,
+    ) -> None:
         """Take over the parameters of ``model``; ``folder`` holds its configuration and
-        tokenizer files (written from the model when there is none)."""
+        tokenizer files (written from the model when there is none). ``quantize`` keeps the
+        matrices of its linear layers in few bits, and empties the model of them."""
+        if quantize is not None:
+            quantized.check(quantize)
         self.name = name
+        self.quantization = quantize
         self.architecture = type(model).__name__
         self._views: dict[tuple[int, Recipe], torch.Tensor] = {}
         self._hosted: dict[int, HostedWeight] = {}
         self._vectors: dict[int, torch.Tensor] = {}
         self.vector_ids: dict[str, int] = {}
         self.shipped: dict[str, torch.Tensor] = {}
+        first = next(model.parameters())
+        self.device = first.device
+        self.num_parameters = sum(p.numel() for p in model.parameters())
         self._take(model)
         self.dtype = next(iter(self._hosted.values())).tensor.dtype
-        self.device = next(iter(self._hosted.values())).tensor.device
-        self.num_parameters = sum(p.numel() for p in model.parameters())
         self.files = _read_files(folder) if folder else _written_files(model)
 
     @classmethod
-    def load(cls, model: str, *, dtype: torch.dtype | None = None, device: str = "cpu") -> Weights:
+    def load(
+        cls,
+        model: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        quantize: Scheme | None = None,
+    ) -> Weights:
         """Load a local ``transformers`` folder or a hub id, safetensors only, no remote code.
 
         ``dtype`` None keeps what the configuration says. Raises ModelError with the reason.
         """
         started = time.monotonic()
+        if quantize is not None:
+            quantized.check(quantize)
         try:
             config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+            _check_dense(config)
             loaded, report = _model_class(config).from_pretrained(
                 model,
                 config=config,
@@ -110,7 +146,8 @@ class Weights:
                 f"cannot host {model!r}: its files lack {len(missing)} weights, for example "
                 f"{', '.join(missing[:3])}; they would have to be made up"
             )
-        weights = cls(loaded.to(device).eval(), model, Path(str(config_file)).parent)
+        folder = Path(str(config_file)).parent
+        weights = cls(loaded.to(device).eval(), model, folder, quantize)
         logger.info("loaded %s in %.1f s", model, time.monotonic() - started)
         return weights
 
@@ -120,7 +157,7 @@ class Weights:
     @property
     def num_bytes(self) -> int:
         """Memory of the hosted weights."""
-        return sum(w.tensor.numel() * w.tensor.element_size() for w in self)
+        return sum(w.num_bytes for w in self)
 
     def __getitem__(self, weight_id: int) -> HostedWeight:
         """Raises UnknownWeight."""
@@ -142,12 +179,14 @@ class Weights:
 
     def view(self, weight_id: int, recipe: Recipe) -> torch.Tensor:
         """The weight as the recipe looks at it; raises UnknownWeight, InvalidInput."""
+        hosted = self[weight_id]
+        if hosted.quantized is not None:
+            return _looked_at(hosted, hosted.dense(), recipe)
         if not recipe:
-            return self[weight_id].tensor
+            return hosted.tensor
         key = (weight_id, recipe)
         found = self._views.get(key)
         if found is None:
-            hosted = self[weight_id]
             found = _looked_at(hosted, hosted.tensor, recipe)
             if found.untyped_storage().data_ptr() == hosted.tensor.untyped_storage().data_ptr():
                 if len(self._views) > 65536:
@@ -173,22 +212,33 @@ class Weights:
         names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
+        head = model.get_output_embeddings()
         for path, module in model.named_modules():
             for name, tensor in _tensors_of(module):
                 full = f"{path}.{name}" if path else name
                 known = names.get(id(tensor))
                 if known is not None and _is_hosted(module, tensor):
                     if known[0] == full:
-                        self._host(tuple(known), tensor)
+                        inner = module is not head and len(known) == 1
+                        self._host(tuple(known), tensor, _output_dim(module) if inner else None)
                 else:
                     self._ship(full, tensor)
 
-    def _host(self, names: tuple[str, ...], tensor: torch.Tensor) -> None:
+    def _host(self, names: tuple[str, ...], tensor: torch.Tensor, output_dim: int | None) -> None:
+        """``output_dim`` is that of an inner linear layer's matrix, which may be quantised."""
         data = tensor.detach()
         if data.data_ptr() % ALIGNMENT or not data.is_contiguous():
             data = data.clone(memory_format=torch.contiguous_format)
         number = len(self._hosted) + 1
         self._hosted[number] = HostedWeight(number, names, data)
+        if self.quantization is None or output_dim is None:
+            return
+        made = quantized.quantize(data, self.quantization, output_dim)
+        if made is None:
+            logger.warning("%s stays dense: %s does not fit it", names[0], self.quantization)
+            return
+        self._hosted[number] = HostedWeight(number, names, data.to("meta"), made)
+        tensor.data = tensor.new_empty(0)  # the model is ours: nobody needs the dense numbers
 
     def _ship(self, name: str, tensor: torch.Tensor) -> None:
         data = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -217,6 +267,24 @@ def _is_hosted(module: nn.Module, parameter: torch.Tensor) -> bool:
         return False
     experts = parameter.dim() == 3 and parameter.shape[0] > 1
     return isinstance(module, _PRODUCT_MODULES) or experts or parameter.numel() >= LARGE
+
+
+def _output_dim(module: nn.Module) -> int | None:
+    """Along which dimension of its matrix the outputs of a linear layer lie."""
+    if isinstance(module, nn.Linear):
+        return 0
+    return 1 if isinstance(module, Conv1D) else None
+
+
+def _check_dense(config: transformers.PreTrainedConfig) -> None:
+    """Raises ValueError for files that are quantised already."""
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        settings = found if isinstance(found, dict) else found.to_dict()
+        raise ValueError(
+            f"its files are quantised already ({settings.get('quant_method', 'method unknown')}), "
+            f"which is not supported; host the original files with --quantize int8 or nf4"
+        )
 
 
 def _looked_at(hosted: HostedWeight, tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
