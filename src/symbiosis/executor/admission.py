@@ -15,7 +15,7 @@ from symbiosis.wire.places import Places, unpack_places
 from symbiosis.wire.tensors import offsets
 
 _MISFIT = "an exchange's payload does not fit its description"
-_MOST_KEPT = 16384
+_MOST_KEPT = 8192
 _SHORT_META_BYTES = 4096
 
 _Found = tuple[Exchange, Plan, int]
