@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 import symbiosis.client.lazy  # noqa: F401 - fills its part of the tables
 from symbiosis.client.remote_weight import ATEN, FUNCTIONS, RemoteWeight
@@ -271,11 +272,7 @@ def _convolution_params(args: Any, dims: int, last: bool) -> tuple[int, ...]:
 
 def _channels_last(x: Tensor) -> bool:
     """Does torch take the channels-last kernels for this input?"""
-    if x.dim() not in (4, 5) or x.is_contiguous():
-        return False
-    return x.is_contiguous(
-        memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    )
+    return x.dim() in (4, 5) and suggest_memory_format(x) != torch.contiguous_format
 
 
 def _aten_convolution(func: Any, args: Any, kwargs: Any) -> Any:
