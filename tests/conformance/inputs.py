@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +68,7 @@ def _video(model: PreTrainedModel) -> Inputs:
 
 
 def _sound(model: PreTrainedModel) -> Inputs:
-    return {"input_values": torch.randn(ROWS, 3200)}
+    return {"input_values": torch.randn(ROWS, 6400)}
 
 
 def _features(model: PreTrainedModel) -> Inputs:
@@ -99,7 +98,7 @@ def _picture_and_text(model: PreTrainedModel) -> Inputs:
     config = model.config
     pictures = _pictures(model, rows=1)
     vision = _vision(config)
-    patches = (vision.image_size // vision.patch_size) ** 2
+    patches = (_side(vision.image_size) // _side(vision.patch_size)) ** 2
     factor = getattr(config, "scale_factor", None) or (
         round(1 / config.downsample_ratio) if hasattr(config, "downsample_ratio") else 1
     )
@@ -108,6 +107,10 @@ def _picture_and_text(model: PreTrainedModel) -> Inputs:
     if config.model_type == "idefics3":
         pictures["pixel_values"] = pictures["pixel_values"].unsqueeze(1)
     return {**found, **pictures}
+
+
+def _side(size: int | list[int]) -> int:
+    return size if isinstance(size, int) else size[0]
 
 
 def _around(model: PreTrainedModel, token: int, count: int, before: tuple[int, ...] = ()) -> Inputs:
@@ -147,6 +150,15 @@ def _vision_to_text(model: PreTrainedModel) -> Inputs:
     return {**_pictures(model), "decoder_input_ids": ids(model, length=5)}
 
 
+def _codebooks(model: PreTrainedModel) -> Inputs:
+    """A row of codes for each codebook."""
+    return {"input_ids": ids(model, rows=ROWS * model.config.num_codebooks)}
+
+
+def _letters(model: PreTrainedModel) -> Inputs:
+    return {"input_ids": torch.randint(1, 30, (ROWS, LENGTH))}
+
+
 def _blip(model: PreTrainedModel) -> Inputs:
     return {**_pictures(model), **_text(model)}
 
@@ -177,7 +189,10 @@ _SPECIAL: dict[str, Callable[[PreTrainedModel], Inputs]] = {
     "wav2vec2-bert": _frames_first,
     "timesformer": _video,
     "videomae": _video,
-    "vits": _text,
+    "musicgen_decoder": _codebooks,
+    "musicgen_melody_decoder": _codebooks,
+    "reformer": lambda model: {"input_ids": ids(model, length=8)},
+    "vits": _letters,
     "sam": _sam,
     "blip": _blip,
     "blip-2": _blip2,

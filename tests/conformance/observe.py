@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ NEW_TOKENS = 6
 
 def forward(model: nn.Module, inputs: Inputs) -> Table:
     """Every tensor of the output, without gradients."""
-    torch.manual_seed(5)
+    _seed(5)
     with torch.no_grad():
         return dict(_tensors(model(**inputs)))
 
@@ -32,7 +33,7 @@ def input_gradient(model: PreTrainedModel, inputs: Inputs) -> Table:
     """The gradient with respect to what the embedding of the tokens gives and to every float
     input (pixels, sound)."""
     model.requires_grad_(False)
-    torch.manual_seed(5)
+    _seed(5)
     leaves: list[Tensor] = []
 
     def start_here(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -57,14 +58,14 @@ def input_gradient(model: PreTrainedModel, inputs: Inputs) -> Table:
 
 def lora_gradient(model: PreTrainedModel, inputs: Inputs) -> Table:
     """The gradients of LoRA on every linear layer, in training mode; changes ``model``."""
-    torch.manual_seed(3)
+    _seed(3)
     adapted = get_peft_model(model, _lora(model))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
     adapted.train()
-    torch.manual_seed(5)
+    _seed(5)
     _loss(adapted(**inputs)).backward()
     gradients = {
         name: parameter.grad
@@ -76,7 +77,7 @@ def lora_gradient(model: PreTrainedModel, inputs: Inputs) -> Table:
 
 def generated(model: PreTrainedModel, inputs: Inputs) -> Table:
     """The tokens of a greedy generation, `NEW_TOKENS` of them."""
-    torch.manual_seed(5)
+    _seed(5)
     given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
     if "input_ids" in given and "attention_mask" not in given:
         given["attention_mask"] = torch.ones_like(given["input_ids"])
@@ -95,6 +96,12 @@ CHECKS: dict[str, Callable[[PreTrainedModel, Inputs], Table]] = {
     "lora_gradient": lora_gradient,
 }
 """In this order: the last one changes the model."""
+
+
+def _seed(seed: int) -> None:
+    """Some models draw masks with numpy."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
 
 
 def _lora(model: PreTrainedModel) -> LoraConfig:

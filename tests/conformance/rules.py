@@ -107,6 +107,9 @@ UNSET = {
     "vocab_size": VOCABULARY,
     "n_routed_experts": 4,
     "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "clip_qkv": 8.0,
 }
 """For fields that some classes leave at None although their models cannot be built so."""
 

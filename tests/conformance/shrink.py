@@ -10,10 +10,11 @@ import dataclasses
 import re
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from .overrides import OVERRIDES
-from .rules import LAYERS, UNSET, VOCABULARY, small
+from .rules import HEAD, LAYERS, UNSET, VOCABULARY, small
 
 _BASE_FIELDS = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 
@@ -55,12 +56,16 @@ def _tiny(config: PreTrainedConfig) -> dict[str, Any]:
         if isinstance(current, PreTrainedConfig):
             fields[field.name] = {**_tiny(current), "model_type": current.model_type}
             continue
+        if isinstance(current, dict) and "mrope_section" in current:
+            fields[field.name] = _rope(current)
+            continue
         if fresh is None or current != vars(fresh).get(field.name):
             value = current
         if value is not None and value is not dataclasses.MISSING:
             fields[field.name] = small(field.name, value)
         elif current is None and field.name in UNSET:
             fields[field.name] = UNSET[field.name]
+    _equal_heads(config, fields)
     _cut_layers(config, fields)
     return _merged(fields, OVERRIDES.get(config.model_type, {}).get("fields", {}))
 
@@ -68,7 +73,7 @@ def _tiny(config: PreTrainedConfig) -> dict[str, Any]:
 def _fresh(config_class: type[PreTrainedConfig]) -> PreTrainedConfig | None:
     try:
         return config_class()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, StrictDataclassError):
         return None
 
 
@@ -76,6 +81,20 @@ def _declared(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
+
+
+def _equal_heads(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
+    """As many key-value heads as heads stay as many."""
+    heads = vars(config).get("num_attention_heads")
+    if heads is not None and vars(config).get("num_key_value_heads") == heads:
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+
+
+def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Sections of a multimodal rotary embedding fill half a head."""
+    sections = parameters["mrope_section"]
+    rest = [max(1, HEAD // 2 * size // sum(sections)) for size in sections[1:]]
+    return {**parameters, "mrope_section": [HEAD // 2 - sum(rest), *rest]}
 
 
 def _cut_layers(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
@@ -96,7 +115,9 @@ def _cut_layers(config: PreTrainedConfig, fields: dict[str, Any]) -> None:
     for layer, kind in enumerate(zip(*lists.values(), strict=True)):
         kinds.setdefault(tuple(map(str, kind)), layer)
     layers = list(kinds.values())[:_MOST_KINDS]
-    layers += [layer for layer in range(depth) if layer not in layers][: max(0, LAYERS - len(layers))]
+    layers += [layer for layer in range(depth) if layer not in layers][
+        : max(0, LAYERS - len(layers))
+    ]
     layers.sort()
     fields[depth_field] = len(layers)
     for name, values in lists.items():
@@ -118,9 +139,8 @@ def _token_ids(fields: dict[str, Any], names: list[str]) -> None:
     for name, value in fields.items():
         if isinstance(value, dict):
             _token_ids(value, names)
-        elif name in names and isinstance(value, (int, list)) and not isinstance(value, bool):
-            if value != -1:
-                fields[name] = _FIRST_TOKEN + names.index(name) % (VOCABULARY - _FIRST_TOKEN)
+        elif name in names and type(value) in (int, list) and value not in (0, -1):
+            fields[name] = _FIRST_TOKEN + names.index(name) % (VOCABULARY - _FIRST_TOKEN)
 
 
 def _merged(fields: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
