@@ -1,6 +1,7 @@
 """What the rules cannot know about an architecture's configuration, by model type.
 
-``start``: arguments for the configuration to begin with; ``fields``: what the result must have.
+``start``: arguments for the configuration to begin with; ``fields``: what the result must have;
+``seed``: of the weights, where the usual one makes a model whose output is 0.
 """
 
 from __future__ import annotations
@@ -95,13 +96,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         | {"initializer_range": 0.3}
     },
     "dpt": {
+        "seed": 2,
         "fields": {
             "num_hidden_layers": 4,
             "backbone_out_indices": [0, 1, 2, 3],
             "neck_hidden_sizes": [16, 16, 32, 32],
             "fusion_hidden_size": 16,
             "initializer_range": 0.1,
-        }
+        },
     },
     "sam_vision_model": {"fields": {"num_pos_feats": 32, "global_attn_indexes": [1]}},
     "mobilenet_v2": {"fields": {"depth_multiplier": 0.25}},

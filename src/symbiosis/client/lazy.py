@@ -91,10 +91,8 @@ def _aten_copy_(func: Any, args: Any, kwargs: Any) -> Any:
 def _aten_set_(func: Any, args: Any, kwargs: Any) -> Any:
     """``torch.nn.utils.parametrize`` sets each parameter to itself; anything else is refused."""
     target, source = args
-    if isinstance(target, RemoteWeight) and isinstance(source, RemoteWeight):
-        if target.is_same_view(source):
-            return target
-    return NotImplemented
+    both = isinstance(target, RemoteWeight) and isinstance(source, RemoteWeight)
+    return target if both and target.is_same_view(source) else NotImplemented
 
 
 def _aten_like(func: Any, args: Any, kwargs: Any) -> Any:
