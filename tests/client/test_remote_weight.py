@@ -213,6 +213,32 @@ def test_an_unknown_operation_is_refused_with_a_hint(weight: RemoteWeight) -> No
         torch.cholesky_inverse(weight[:32])
 
 
+def test_products_of_weights_read_them(weight: RemoteWeight, plain: torch.Tensor) -> None:
+    for make in (
+        lambda w: w.t() @ w,
+        lambda w: torch.addmm(w, torch.ones(64, 1), torch.ones(1, 32)),
+        lambda w: torch.baddbmm(w.view(2, 32, 32), torch.ones(2, 32, 1), torch.ones(2, 1, 32)),
+    ):
+        assert torch.equal(make(weight), make(plain))
+
+
+def test_a_parametrization_comes_and_goes(
+    model: PreTrainedModel, plain: torch.Tensor, weight: RemoteWeight
+) -> None:
+    """As peft puts LoRA on the tensor of all experts."""
+
+    class Doubled(nn.Module):
+        def forward(self, w: torch.Tensor) -> torch.Tensor:
+            return 2 * w
+
+    layer = model.model.layers[0].mlp.up_proj
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    assert torch.equal(layer.weight, 2 * plain)
+    nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    assert type(layer.weight) is RemoteWeight
+    assert torch.equal(layer(torch.eye(32)).t(), plain)
+
+
 # Changing
 
 

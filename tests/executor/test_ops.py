@@ -106,6 +106,22 @@ def test_batched_matmul(weights: Weights, parts: Parts) -> None:
     )
 
 
+def test_batched_matmul_with_the_weight_first(weights: Weights, parts: Parts) -> None:
+    """And with an input that is sent as it lies in memory, its last dimensions swapped."""
+    up = parts.experts.up
+    x, y = torch.randn(3, up.shape[2], 5), torch.randn(3, 16, 5)
+    first, swapped, both = 1, 2, 3
+    for tensor, flags, expected in [
+        (x, first, up.bmm(x)),
+        (y, swapped, y.transpose(1, 2).bmm(up)),
+        (x.transpose(1, 2).contiguous(), both, up.bmm(x)),
+    ]:
+        asked = exchange(Op.BATCHED_MATMUL, EXPERTS, tensor, params=(flags,))
+        found = run(weights, asked)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        assert ops.check(asked, weights).result_bytes == found.nbytes
+
+
 @pytest.mark.parametrize("ends", [(2, 5, 6), (0, 0, 6), (6, 6, 6)])
 def test_grouped_matmul(weights: Weights, parts: Parts, ends: tuple[int, ...]) -> None:
     x = torch.randn(6, 16)
@@ -132,6 +148,23 @@ def test_convolutions(weights: Weights, parts: Parts) -> None:
     (gradient,) = torch.autograd.grad(expected, x, dy)
     back = exchange(Op.CONVOLUTION_INPUT_GRAD, CONV, dy, params=(*CONV_PARAMS, *x.shape))
     torch.testing.assert_close(run(weights, back), gradient)
+
+
+def test_convolution_with_channels_last(weights: Weights, parts: Parts) -> None:
+    """As a client's input lies in memory; torch takes other kernels for it."""
+    params = (*CONV_PARAMS[:7], 2, *CONV_PARAMS[8:])
+    x = torch.randn(2, 5, 5, 4).movedim(-1, 1).requires_grad_()
+    bias = weights.bias_ids["conv.bias"]
+    sent = x.detach().movedim(1, -1)
+    expected = parts.conv(x)
+    asked = exchange(Op.CONVOLUTION, CONV, sent, biases=(bias,), params=params)
+    assert torch.equal(run(weights, asked).movedim(-1, 1), expected)
+    dy = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad(expected, x, dy)
+    back = exchange(
+        Op.CONVOLUTION_INPUT_GRAD, CONV, dy.movedim(1, -1).contiguous(), params=(*params, *x.shape)
+    )
+    torch.testing.assert_close(run(weights, back).movedim(-1, 1), gradient)
 
 
 def test_transposed_convolution(weights: Weights, parts: Parts) -> None:
@@ -179,6 +212,9 @@ x, ids, ends = torch.zeros(3, 16), torch.zeros(3, dtype=torch.int64), torch.zero
         exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 16)),
         exchange(Op.BATCHED_MATMUL, LINEAR, torch.zeros(3, 5, 16)),
         exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 5, 16), biases=(1,)),
+        exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 5, 16), params=(1,)),
+        exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 5, 16), params=(4,)),
+        exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 5, 16), params=(0, 0)),
         exchange(Op.GROUPED_MATMUL, EXPERTS, x),
         exchange(Op.GROUPED_MATMUL, EXPERTS, x, ends[:2]),
         exchange(Op.GROUPED_MATMUL, EXPERTS, x, ends.long()),

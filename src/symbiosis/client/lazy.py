@@ -89,6 +89,13 @@ def _aten_copy_(func: Any, args: Any, kwargs: Any) -> Any:
     return func(target, source._numbers("copy_"), *args[2:])
 
 
+def _aten_set_(func: Any, args: Any, kwargs: Any) -> Any:
+    """``torch.nn.utils.parametrize`` sets each parameter to itself; anything else is refused."""
+    target, source = args
+    both = isinstance(target, RemoteWeight) and isinstance(source, RemoteWeight)
+    return target if both and target.is_same_view(source) else NotImplemented
+
+
 def _aten_like(func: Any, args: Any, kwargs: Any) -> Any:
     """``zeros_like``, ``randn_like``, ...: an ordinary local tensor."""
     weight = args[0]
@@ -152,6 +159,7 @@ ATEN.update(
         aten.clone.default: _aten_clone,
         aten._to_copy.default: _aten_to_copy,
         aten.copy_.default: _aten_copy_,
+        aten.set_.source_Tensor: _aten_set_,
         aten.zeros_like.default: _aten_like,
         aten.ones_like.default: _aten_like,
         aten.empty_like.default: _aten_like,
@@ -167,6 +175,10 @@ ATEN.update(
 
 READS.update(
     {
+        aten.mm.default,  # of two weights; with a weight as the addend
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
         aten.sum.default,
         aten.sum.dim_IntList,
         aten.mean.default,

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
-from symbiosis.client.lazy import transposed
+import symbiosis.client.lazy  # noqa: F401 - fills its part of the tables
 from symbiosis.client.remote_weight import ATEN, FUNCTIONS, RemoteWeight
 from symbiosis.errors import UnsupportedOperation
 from symbiosis.wire.exchange import NO_BIAS, Op
@@ -225,12 +226,13 @@ def _aten_bmm(func: Any, args: Any, kwargs: Any) -> Any:
     a, b = args
     if isinstance(a, RemoteWeight) and isinstance(b, RemoteWeight):
         return NotImplemented
-    if isinstance(b, RemoteWeight):
-        return b._session.exchange(Op.BATCHED_MATMUL, b._weight, b._recipe, (a,))
-    flipped = transposed(a, 1, 2)
-    x = b.transpose(1, 2)
-    found = a._session.exchange(Op.BATCHED_MATMUL, a._weight, flipped._recipe, (x,))
-    return found.transpose(1, 2)
+    weight, x, flags = (b, a, 0) if isinstance(b, RemoteWeight) else (a, b, 1)
+    if x.stride(1) == 1 and x.stride(2) > 1:  # as it lies in memory: the kernel depends on it
+        x, flags = x.transpose(1, 2), flags | 2
+    params = (flags,) if flags else ()
+    return weight._session.exchange(
+        Op.BATCHED_MATMUL, weight._weight, weight._recipe, (x,), params=params
+    )
 
 
 def _aten_baddbmm(func: Any, args: Any, kwargs: Any) -> Any:
@@ -256,11 +258,20 @@ def _aten_embedding(func: Any, args: Any, kwargs: Any) -> Any:
     return _lookup(args[0], args[1])
 
 
-def _convolution_params(args: Any) -> tuple[int, ...]:
+def _convolution_params(args: Any, dims: int, last: bool) -> tuple[int, ...]:
     """See `symbiosis.executor.ops.ConvolutionParams`."""
     stride, padding, dilation, transposed, output_padding, groups = args
-    lists = (*stride, *padding, *dilation, int(transposed), *output_padding)
-    return (len(stride), *lists, groups)
+    flags = int(transposed) | (2 if last else 0)
+    lists = [
+        list(values) * (dims if len(values) == 1 else 1)  # padding="valid" comes as one 0
+        for values in (stride, padding, dilation, output_padding)
+    ]
+    return (dims, *lists[0], *lists[1], *lists[2], flags, *lists[3], groups)
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Does torch take the channels-last kernels for this input?"""
+    return x.dim() in (4, 5) and suggest_memory_format(x) != torch.contiguous_format
 
 
 def _aten_convolution(func: Any, args: Any, kwargs: Any) -> Any:
@@ -268,14 +279,16 @@ def _aten_convolution(func: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(weight, RemoteWeight) or isinstance(x, RemoteWeight):
         return NotImplemented
     shared = NO_BIAS if bias is None else _shared_bias(weight, bias)
+    last = _channels_last(x)
     y = weight._session.exchange(
         Op.CONVOLUTION,
         weight._weight,
         weight._recipe,
-        (x,),
-        params=_convolution_params(rest),
+        (x.movedim(1, -1) if last else x,),
+        params=_convolution_params(rest, x.dim() - 2, last),
         bias=shared,
     )
+    y = y.movedim(-1, 1) if last else y
     if bias is None or shared:
         return y
     return y + bias.view(-1, *[1] * (y.dim() - 2))
@@ -287,10 +300,15 @@ def _aten_convolution_backward(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     dx = None
     if mask[0]:
-        params = (*_convolution_params(rest), *x.shape)
+        last = _channels_last(x)
         dx = weight._session.exchange(
-            Op.CONVOLUTION_INPUT_GRAD, weight._weight, weight._recipe, (dy,), params=params
+            Op.CONVOLUTION_INPUT_GRAD,
+            weight._weight,
+            weight._recipe,
+            (dy.movedim(1, -1) if last else dy,),
+            params=(*_convolution_params(rest, x.dim() - 2, last), *x.shape),
         )
+        dx = dx.movedim(-1, 1) if last else dx
     channels = [d for d in range(dy.dim()) if d != 1]
     return dx, None, dy.sum(channels) if mask[2] else None
 

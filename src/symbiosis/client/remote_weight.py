@@ -88,6 +88,11 @@ class RemoteWeight(Tensor):
         """The same weight under another dtype or device; nothing is computed."""
         return RemoteWeight(self._session, self._weight, self._recipe, self._like.to(dtype), device)
 
+    def is_same_view(self, other: RemoteWeight) -> bool:
+        """Are both the same numbers, in the same shape and dtype?"""
+        mine = (self._session, self._weight, self._recipe, self.like_dtype)
+        return mine == (other._session, other._weight, other._recipe, other.like_dtype)
+
     def fetch(self, why: str) -> Tensor:
         """The numbers: a local tensor like this one, the caller's own.
 

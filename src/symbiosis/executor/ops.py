@@ -107,7 +107,8 @@ def _check_bias(
 ) -> None:
     if exchange.op not in (Op.LINEAR, Op.MATMUL, Op.CONVOLUTION):
         raise InvalidInput(f"{exchange.op.name.lower()} takes no bias")
-    channels = 1 if exchange.op is Op.CONVOLUTION else -1
+    last = exchange.op is not Op.CONVOLUTION or _channels_last(exchange.params)
+    channels = -1 if last else 1
     if weights.vector(bias).shape[0] != result_shape[channels]:
         raise InvalidInput(f"bias {bias} does not fit a result of shape {list(result_shape)}")
 
@@ -142,10 +143,8 @@ def _result_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...]:
             return (*x.shape[:-1], w[0])
         case Op.MATMUL if len(w) == 2 and x.shape[-1:] == (w[0],):
             return (*x.shape[:-1], w[1])
-        case Op.BATCHED_MATMUL if len(w) == 3 == len(x.shape) and (
-            (x.shape[0], x.shape[2]) == w[:2]
-        ):
-            return (*x.shape[:2], w[2])
+        case Op.BATCHED_MATMUL if len(w) == 3 == len(x.shape):
+            return _batched_shape(exchange, w)
         case Op.GROUPED_MATMUL if len(w) == 3 and len(x.shape) == 2 and x.shape[1] == w[1]:
             if exchange.specs[1].shape == (w[0],):
                 return (x.shape[0], w[2])
@@ -158,9 +157,36 @@ def _result_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...]:
     )
 
 
+WEIGHT_FIRST, TRANSPOSED_INPUT = 1, 2
+"""Flags of BATCHED_MATMUL: W x in place of x W; x is sent with its last dimensions swapped."""
+
+
+def _batched_flags(params: tuple[int, ...]) -> int:
+    if len(params) > 1 or not 0 <= sum(params) <= WEIGHT_FIRST | TRANSPOSED_INPUT:
+        raise ProtocolError("a batched product's parameters are malformed")
+    return sum(params)
+
+
+def _batched_shape(exchange: Exchange, w: tuple[int, ...]) -> tuple[int, ...]:
+    x, flags = exchange.specs[0], _batched_flags(exchange.params)
+    experts, *matrix = x.shape
+    if flags & TRANSPOSED_INPUT:
+        matrix.reverse()
+    left, right = (list(w[1:]), matrix) if flags & WEIGHT_FIRST else (matrix, list(w[1:]))
+    if experts != w[0] or left[1] != right[0]:
+        raise InvalidInput(f"batched_matmul of input {x} does not fit a weight of shape {list(w)}")
+    return (experts, left[0], right[1])
+
+
+def _batched_matmul(x: torch.Tensor, w: torch.Tensor, flags: int) -> torch.Tensor:
+    x = x.transpose(1, 2) if flags & TRANSPOSED_INPUT else x
+    return torch.bmm(w, x) if flags & WEIGHT_FIRST else torch.bmm(x, w)
+
+
 class ConvolutionParams(NamedTuple):
     """``torch.convolution``'s arguments for n spatial dimensions. On the wire: n, stride × n,
-    padding × n, dilation × n, transposed, output_padding × n, groups."""
+    padding × n, dilation × n, flags, output_padding × n, groups. Flags: 1 transposed, 2 channels
+    last (see `_channels_last`)."""
 
     stride: list[int]
     padding: list[int]
@@ -176,29 +202,43 @@ def _convolution_params(params: tuple[int, ...]) -> tuple[ConvolutionParams, tup
     if not 1 <= n <= 3 or len(params) < 4 * n + 3:
         raise ProtocolError("a convolution's parameters are malformed")
     stride, padding, dilation = (list(params[1 + i * n : 1 + (i + 1) * n]) for i in range(3))
-    transposed = bool(params[1 + 3 * n])
+    transposed = bool(params[1 + 3 * n] & 1)
     output_padding = list(params[2 + 3 * n : 2 + 4 * n])
     groups = params[2 + 4 * n]
     convolution = ConvolutionParams(stride, padding, dilation, transposed, output_padding, groups)
     return convolution, params[3 + 4 * n :]
 
 
+def _channels_last(params: tuple[int, ...]) -> bool:
+    """Are input and result sent as (N, ..., C)? As the client's own tensor lay in memory, for
+    torch chooses the kernel by it, and the last bits differ between kernels."""
+    return bool(params[1 + 3 * params[0]] & 2)
+
+
+def _channels_second(shape: tuple[int, ...], params: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], shape[-1], *shape[1:-1]) if _channels_last(params) else shape
+
+
 def _convolution_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...]:
     """torch's own shape rules, on the meta device: nothing is computed or allocated."""
     x, w = exchange.specs[0], view.to("meta")
     params, input_shape = _convolution_params(exchange.params)
+    if len(x.shape) != len(params.stride) + 2:
+        raise InvalidInput(f"convolution of {x} with {params}")
+    sent = _channels_second(x.shape, exchange.params)
     forward = exchange.op is Op.CONVOLUTION
-    shape = x.shape if forward else input_shape
+    shape = sent if forward else input_shape
     _check_convolution(params, shape, tuple(w.shape))
     try:
         out = tuple(_convolution(w.new_empty(shape), w, None, params).shape)
     except (RuntimeError, ValueError, TypeError) as error:
         raise InvalidInput(f"convolution of input {x}: {error}") from None
-    if forward:
-        return out
-    if out != x.shape:
-        raise InvalidInput(f"a gradient of shape {list(x.shape)} for an output {list(out)}")
-    return input_shape
+    if not forward and out != sent:
+        raise InvalidInput(f"a gradient of shape {list(sent)} for an output {list(out)}")
+    result = out if forward else input_shape
+    if _channels_last(exchange.params):
+        return (result[0], *result[2:], result[1])
+    return result
 
 
 def _check_convolution(
@@ -218,6 +258,18 @@ def _check_convolution(
         )
 
 
+def _convolved(
+    exchange: Exchange, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    last = _channels_last(exchange.params)
+    x = x.movedim(-1, 1) if last else x
+    if exchange.op is Op.CONVOLUTION:
+        y = _convolution(x, w, bias, _convolution_params(exchange.params)[0])
+    else:
+        y = _convolution_input_grad(x, w, exchange.params)
+    return y.movedim(1, -1) if last else y
+
+
 def _convolution(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, params: ConvolutionParams
 ) -> torch.Tensor:
@@ -228,7 +280,10 @@ def _convolution_input_grad(
     dy: torch.Tensor, w: torch.Tensor, params: tuple[int, ...]
 ) -> torch.Tensor:
     conv, input_shape = _convolution_params(params)
-    no_input = dy.new_empty(()).expand(input_shape)
+    if _channels_last(params):
+        no_input = dy.new_empty((input_shape[0], *input_shape[2:], input_shape[1])).movedim(-1, 1)
+    else:
+        no_input = dy.new_empty(()).expand(input_shape)
     grads = torch.ops.aten.convolution_backward(dy, no_input, w, None, *conv, [True, False, False])
     return grads[0]  # type: ignore[no-any-return]
 
@@ -250,11 +305,9 @@ def _run_one(
         case Op.MATMUL:
             y = torch.matmul(x, w)
         case Op.BATCHED_MATMUL:
-            y = torch.bmm(x, w)
+            y = _batched_matmul(x, w, _batched_flags(exchange.params))
         case Op.GROUPED_MATMUL:
             y = F.grouped_mm(x, w, offs=inputs[1].to(w.device))
-        case Op.CONVOLUTION:
-            y = _convolution(x, w, bias, _convolution_params(exchange.params)[0])
-        case Op.CONVOLUTION_INPUT_GRAD:
-            y = _convolution_input_grad(x, w, exchange.params)
+        case Op.CONVOLUTION | Op.CONVOLUTION_INPUT_GRAD:
+            y = _convolved(exchange, x, w, bias)
     return y.to(dtype).contiguous()
