@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from symbiosis.client.remote_weight import ATEN, READS, RemoteWeight
+from symbiosis.client.remote_weight import ATEN, FUNCTIONS, READS, RemoteWeight
 from symbiosis.wire.views import View
 
 aten = torch.ops.aten
@@ -69,15 +70,24 @@ def _aten_clone(func: Any, args: Any, kwargs: Any) -> Any:
     """A frozen weight never changes, so that its clone is the weight; only strides may differ."""
     like = func(args[0]._like, *args[1:], **kwargs)
     if like.stride() == args[0]._like.stride():
-        return _aten_alias(func, args, kwargs)
-    return args[0].viewed(like, View.CONTIGUOUS)
+        return args[0].copied()
+    return args[0].viewed(like, View.CONTIGUOUS)._owned()
 
 
 def _aten_to_copy(func: Any, args: Any, kwargs: Any) -> Any:
     weight = args[0]
     dtype = kwargs.get("dtype") or weight.dtype
     device = kwargs.get("device") or weight.device
-    return weight.cast(dtype, torch.device(device))
+    return weight.cast(dtype, torch.device(device))._owned()
+
+
+def _aten_set_(func: Any, args: Any, kwargs: Any) -> Any:
+    """Setting a weight to itself, as a parametrization without inverse does."""
+    target, source = args
+    same = isinstance(target, RemoteWeight) and isinstance(source, RemoteWeight)
+    if same and source._is_same(target):
+        return target
+    return NotImplemented
 
 
 def _aten_copy_(func: Any, args: Any, kwargs: Any) -> Any:
@@ -125,6 +135,7 @@ ATEN.update(
         aten.clone.default: _aten_clone,
         aten._to_copy.default: _aten_to_copy,
         aten.copy_.default: _aten_copy_,
+        aten.set_.source_Tensor: _aten_set_,
         aten.zeros_like.default: _aten_like,
         aten.ones_like.default: _aten_like,
         aten.empty_like.default: _aten_like,
@@ -175,5 +186,15 @@ READS.update(
         aten.tril.default,
         aten.repeat.default,
         aten.constant_pad_nd.default,
+        aten.addmm.default,  # where the weight is what a product is added to
+        aten.baddbmm.default,
+    }
+)
+
+FUNCTIONS.update(
+    {
+        Tensor.data_ptr: lambda weight: weight.memory().data_ptr(),
+        Tensor.storage: lambda weight: weight.memory().storage(),
+        Tensor.untyped_storage: lambda weight: weight.memory().untyped_storage(),
     }
 )

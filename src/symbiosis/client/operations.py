@@ -9,11 +9,12 @@ Shapes: T rows, I in, O out.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from symbiosis.client.lazy import transposed
 from symbiosis.client.remote_weight import ATEN, FUNCTIONS, RemoteWeight
@@ -134,8 +135,18 @@ def _requires_grad_(self: Any, requires_grad: bool = True) -> Any:
     """Asking for a gradient makes the parameter local: it can be trained from then on."""
     if type(self) is not RemoteWeight or not requires_grad:
         return NotImplemented
-    _set_requires_grad(self, True)
+    if _in_parameter_constructor():
+        self._to_train = True
+    else:
+        _set_requires_grad(self, True)
     return self
+
+
+def _in_parameter_constructor() -> bool:
+    """``nn.Parameter(w)`` insists that what ``requires_grad_`` returns is still of w's type; it
+    becomes local when the constructor marks it as a parameter (`RemoteWeight._is_param`)."""
+    caller = sys._getframe(3)  # this, the handler, __torch_function__, the caller
+    return caller.f_code is nn.Parameter.__new__.__code__
 
 
 def _set_requires_grad(self: Any, requires_grad: bool) -> Any:
@@ -153,7 +164,7 @@ def _set_data(self: Any, value: Any) -> Any:
         return NotImplemented
     if type(value) is RemoteWeight:
         twin = value.cast(value.dtype, value.device)
-        if getattr(self, "_is_param", False):
+        if self._is_param:
             twin._is_param = True
         torch.utils.swap_tensors(self, twin)  # type: ignore[no-untyped-call]
     else:
