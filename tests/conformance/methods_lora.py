@@ -155,12 +155,14 @@ LORA_ROWS: tuple[Row, ...] = (
         apply=_with_arrow,
     ),
     _lora("LoRA, QALoRA", use_qalora=True, qalora_group_size=4),
-    _lora("LoRA, `target_parameters`", target_modules=[], target_parameters=lambda s: list(s.parameters)),
+    _lora(
+        "LoRA, `target_parameters`",
+        target_modules=[],
+        target_parameters=lambda s: list(s.parameters),
+    ),
     _lora("LoRA, `modules_to_save`: head", modules_to_save=["lm_head"]),
     _lora("LoRA, `modules_to_save`: norm", modules_to_save=lambda s: [s.last_norm]),
-    _lora(
-        "LoRA, `rank_pattern`", rank_pattern=_first_target(2), alpha_pattern=_first_target(3)
-    ),
+    _lora("LoRA, `rank_pattern`", rank_pattern=_first_target(2), alpha_pattern=_first_target(3)),
     _lora("LoRA, some layers", layers_to_transform=[1], layers_pattern=lambda s: s.blocks),
     _lora("LoRA, `exclude_modules`", exclude_modules=lambda s: [s.targets[1]]),
     _lora("LoRA, `layer_replication`", layer_replication=[(0, 2), (1, 2)]),

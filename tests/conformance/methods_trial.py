@@ -107,14 +107,14 @@ def try_method(row: Row, bench: Bench) -> Outcome:
     with _quiet(), TemporaryDirectory() as folder:
         try:
             whole = run(row, bench, subject.build(), None, Path(folder) / "whole")
-        except Exception as error:  # noqa: BLE001: whatever a method raises is its entry in the table
+        except Exception as error:  # noqa: BLE001 (whatever it is, is its entry)
             return Outcome(row.name, subject.title, "plain peft cannot", sentence(error))
         try:
             with bench.connect() as session:
                 split = run(row, bench, session.model(), session, Path(folder) / "split")
         except SymbiosisError as error:
             return Outcome(row.name, subject.title, "refused", sentence(error))
-        except Exception as error:  # noqa: BLE001: as above
+        except Exception as error:  # noqa: BLE001 (likewise)
             return Outcome(row.name, subject.title, "fails", sentence(error))
     return _compared(row, bench, whole, split)
 
