@@ -34,22 +34,36 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import PreTrainedModel
 
 from conformance.methods_models import Subject
-from conformance.methods_rows import Apply, Options, Row, batch, calibrate
+from conformance.methods_rows import Apply, Options, Row, batch, calibrate, plainly
 
 FIRST_TOKENS = [int(id) for id in batch(1)[0, 3:5]]
 """Tokens that occur in the batches, for aLoRA's invocation."""
 
 
 def _lora(
-    name: str, *, apply: Apply | None = None, note: str = "", covers: str = "", **options: Any
+    name: str,
+    *,
+    apply: Apply | None = None,
+    trains: bool = True,
+    needs: str = "",
+    note: str = "",
+    covers: str = "",
+    **options: Any,
 ) -> Row:
     def all_options(subject: Subject) -> Options:
         given = {k: v(subject) if callable(v) else v for k, v in options.items()}
         return {"r": 4, "lora_alpha": 8, "target_modules": list(subject.targets), **given}
 
-    more = {} if apply is None else {"apply": apply}
-    fields = frozenset({*options, *covers.split()})
-    return Row(name, "LORA", all_options, note=note, covers=fields, **more)  # type: ignore[arg-type]
+    return Row(
+        name,
+        "LORA",
+        all_options,
+        apply=apply or plainly,
+        trains=trains,
+        needs=needs,
+        note=note,
+        covers=frozenset({*options, *covers.split()}),
+    )
 
 
 def _with_eva(
@@ -85,7 +99,9 @@ def _with_arrow(
 ) -> PeftModel:
     folders = [str(experts / "first"), str(experts / "second")]
     arrow = config.arrow_config
-    return create_arrow_model(model, folders[:1], arrow, general_adapter_paths=folders[1:])
+    tuned = create_arrow_model(model, folders[:1], arrow, general_adapter_paths=folders[1:])
+    assert isinstance(tuned, PeftModel)
+    return tuned
 
 
 def _with_two(
@@ -136,6 +152,7 @@ LORA_ROWS: tuple[Row, ...] = (
         init_lora_weights="corda",
         corda_config=lambda s: CordaConfig(corda_method="kpm"),
         apply=_with_corda,
+        needs="attr",
     ),
     _lora(
         "LoRA, LoRA-GA",
@@ -143,7 +160,7 @@ LORA_ROWS: tuple[Row, ...] = (
         lora_ga_config=lambda s: LoraGAConfig(),
         apply=_with_loraga,
     ),
-    _lora("LoRA, LoftQ", init_lora_weights="loftq", loftq_config=_loftq),
+    _lora("LoRA, LoftQ", init_lora_weights="loftq", loftq_config=_loftq, needs="bitsandbytes"),
     _lora("LoRA, KaSA", kasa_config=lambda s: KasaConfig()),
     _lora("LoRA, VeLoRA", velora_config=lambda s: VeloraConfig(num_groups=4)),
     _lora("LoRA, MonteCLoRA", monteclora_config=lambda s: MontecloraConfig(num_samples=2)),
@@ -153,12 +170,16 @@ LORA_ROWS: tuple[Row, ...] = (
         "LoRA, Arrow",
         arrow_config=lambda s: ArrowConfig(top_k=1, use_gks=True, rng_seed=0),
         apply=_with_arrow,
+        trains=False,
+        note="routes between adapters that are trained already: outputs only",
     ),
     _lora("LoRA, QALoRA", use_qalora=True, qalora_group_size=4),
     _lora(
         "LoRA, `target_parameters`",
         target_modules=[],
         target_parameters=lambda s: list(s.parameters),
+        fan_in_fan_out=False,
+        note="peft adds a whole change to each whole weight, which the client keeps",
     ),
     _lora("LoRA, `modules_to_save`: head", modules_to_save=["lm_head"]),
     _lora("LoRA, `modules_to_save`: norm", modules_to_save=lambda s: [s.last_norm]),

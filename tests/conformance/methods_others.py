@@ -51,7 +51,7 @@ _CPT = {
 
 OTHER_ROWS: tuple[Row, ...] = (
     Row("AdaLoRA", "ADALORA", on_targets(init_r=6, target_r=2, total_step=8, tinit=1, tfinal=2)),
-    Row("AdaMSS", "ADAMSS", on_targets(r=8, num_subspaces=2)),
+    Row("AdaMSS", "ADAMSS", on_targets(r=8, num_subspaces=2), needs="sklearn"),
     Row("BOFT", "BOFT", on_targets(boft_block_size=4, boft_n_butterfly_factor=2)),
     Row("Llama-Adapter", "ADAPTION_PROMPT", lambda s: {"adapter_len": 3, "adapter_layers": 1}),
     Row("IA3", "IA3", _ia3),
@@ -68,7 +68,13 @@ OTHER_ROWS: tuple[Row, ...] = (
     Row("PVeRA", "PVERA", on_square(r=4)),
     Row("FourierFT", "FOURIERFT", on_targets(n_frequency=20)),
     Row("GLoRA", "GLORA", on_targets(r=4)),
-    Row("X-LoRA", "XLORA", _xlora_config, apply=_with_experts),
+    Row(
+        "X-LoRA",
+        "XLORA",
+        _xlora_config,
+        apply=_with_experts,
+        note="peft writes the whole base beside the adapters, which fetches it on saving",
+    ),
     Row("HRA", "HRA", on_targets(r=4)),
     Row("VB-LoRA", "VBLORA", on_targets(r=4, num_vectors=16, vector_length=8)),
     Row("Uni-LoRA", "UNILORA", on_targets(r=4, theta_d_length=32)),

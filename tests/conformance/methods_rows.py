@@ -1,13 +1,13 @@
 """One row for each PEFT method: its configuration, and how peft's documentation applies it.
 
-`ROWS` covers every type in the registry of the installed peft and every variant of LoRA that
-its configuration offers; `uncovered` says what a new release has added. Knows peft; knows
+What a row is; the rows themselves are in `methods_lora` and `methods_others`. Knows peft; knows
 nothing of executors.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ Apply = Callable[[PreTrainedModel, PeftConfig, Subject, Path], PeftModel]
 Extra = Callable[[Tensor], dict[str, Any]]
 
 
-def _plainly(
+def plainly(
     model: PreTrainedModel, config: PeftConfig, subject: Subject, experts: Path
 ) -> PeftModel:
     return get_peft_model(model, config)
@@ -43,13 +43,21 @@ class Row:
     name: str
     peft_type: str
     options: Callable[[Subject], Options]
-    apply: Apply = _plainly
+    apply: Apply = plainly
     """(model, config, subject, a folder with two trained LoRA adapters) → the adapted model."""
     extra: Extra = _nothing
     """Further arguments of the forward pass, such as a task number."""
+    trains: bool = True
+    """Has it weights to train? Arrow has none: it routes between adapters trained already."""
+    needs: str = ""
+    """A package that peft imports for it and does not itself depend on."""
     note: str = ""
     covers: frozenset[str] = field(default_factory=frozenset)
     """Fields of its configuration that this row is there for."""
+
+    @property
+    def installed(self) -> bool:
+        return not self.needs or importlib.util.find_spec(self.needs) is not None
 
     def config(self, subject: Subject) -> PeftConfig:
         kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.peft_type)]
@@ -64,15 +72,6 @@ def batch(seed: int) -> Tensor:
     return tiny.tokens(rows=2, length=9, seed=seed)
 
 
-def uncovered() -> set[str]:
-    """Types that the installed peft registers and no row uses."""
-    from conformance.methods_lora import LORA_ROWS
-    from conformance.methods_others import OTHER_ROWS
-
-    known = {row.peft_type for row in (*LORA_ROWS, *OTHER_ROWS)}
-    return {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING} - known
-
-
 def on_targets(**options: Any) -> Callable[[Subject], Options]:
     return lambda subject: {"target_modules": list(subject.targets), **options}
 
@@ -85,4 +84,4 @@ def calibrate(model: torch.nn.Module) -> None:
     """What data-driven initialisations run: the model on a few batches, without a gradient."""
     with torch.no_grad():
         for seed in range(100, 108):
-            model(input_ids=batch(seed))
+            model(input_ids=batch(seed)[:1])  # CorDA takes one sequence at a time

@@ -38,6 +38,7 @@ class Trace:
     fetches_start: int = 0
     fetches_first_step: int = 0
     fetches_later: int = 0
+    fetches_save: int = 0
     fetched_bytes: int = 0
     exchanges_per_step: float = 0.0
 
@@ -53,14 +54,15 @@ class Outcome:
     row: str
     model: str
     verdict: str
-    """``exact``, ``differs``, ``plain peft cannot``, ``refused`` (by a sentence of ours) or
-    ``fails``."""
+    """``exact``, ``differs``, ``plain peft cannot``, ``refused`` (by a sentence of ours),
+    ``fails`` or ``not installed``."""
     detail: str = ""
     differences: dict[str, float] = field(default_factory=dict)
     """Largest relative difference of each stage that is not bit-equal."""
     fetches_start: int = 0
     fetches_first_step: int = 0
     fetches_later: int = 0
+    fetches_save: int = 0
     kept_share: float = 0.0
     """Of the base's hosted bytes, what the client has fetched and keeps."""
     exchanges_per_step: float = 0.0
@@ -104,6 +106,8 @@ def bench(subject: Subject) -> Iterator[Bench]:
 def try_method(row: Row, bench: Bench) -> Outcome:
     """Whole, then split; the difference."""
     subject = bench.subject
+    if not row.installed:
+        return Outcome(row.name, subject.title, "not installed", f"peft needs {row.needs} for it")
     with _quiet(), TemporaryDirectory() as folder:
         try:
             whole = run(row, bench, subject.build(), None, Path(folder) / "whole")
@@ -137,17 +141,20 @@ def run(
     torch.manual_seed(0)
     tuned = row.apply(model, row.config(subject), subject, bench.experts)
     trace.fetches_start = _fetches(session)
-    for name, value in get_peft_model_state_dict(tuned).items():
+    for name, value in get_peft_model_state_dict(tuned, adapter_name=tuned.active_adapter).items():
         trace.keep("initial weights", name, value)
     vary(tuned)
-    _train(row, tuned, trace, session)
+    if row.trains:
+        _train(row, tuned, trace, session)
     before = _logits(row, tuned)
     trace.keep("outputs after training", "logits", before)
+    fetched = _fetches(session)
     tuned.save_pretrained(str(folder))
+    trace.fetches_save = _fetches(session) - fetched
     _check_files(folder)
     if session is not None:
         trace.fetched_bytes = session.stats().fetched_bytes
-    loaded = _load(row, subject, folder)
+    loaded = _load(row, bench, folder)
     trace.keep("outputs after save and load", "logits", _logits(row, loaded))
     return trace
 
@@ -190,18 +197,16 @@ def _train(row: Row, tuned: PeftModel, trace: Trace, session: Session | None) ->
         trace.keep(f"{STEPS} optimizer steps", name, parameter)
 
 
-def _load(row: Row, subject: Subject, folder: Path) -> PeftModel:
-    base = subject.build()
+def _load(row: Row, bench: Bench, folder: Path) -> PeftModel:
+    """The saved adapters on a whole model, by plain peft."""
+    base = bench.subject.build()
     if row.peft_type == "XLORA":
         base.config.use_cache = False
-    names = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
-    if row.peft_type != "XLORA" and names and not (folder / "adapter_config.json").exists():
-        loaded = PeftModel.from_pretrained(base, str(folder / names[0]), adapter_name=names[0])
-        for name in names[1:]:
-            loaded.load_adapter(str(folder / name), name)
-        return loaded
+        return PeftModel.from_pretrained(base, str(folder))
+    if not row.trains:
+        return row.apply(base, row.config(bench.subject), bench.subject, bench.experts)
     loaded = PeftModel.from_pretrained(base, str(folder))
-    if names and row.peft_type != "XLORA":
+    if names := sorted(path.parent.name for path in folder.glob("*/adapter_config.json")):
         for name in names:
             loaded.load_adapter(str(folder / name), name)
         loaded.base_model.set_adapter(["default", *names])
@@ -269,6 +274,7 @@ def _compared(row: Row, bench: Bench, whole: Trace, split: Trace) -> Outcome:
         fetches_start=split.fetches_start,
         fetches_first_step=split.fetches_first_step,
         fetches_later=split.fetches_later,
+        fetches_save=split.fetches_save,
         kept_share=split.fetched_bytes / bench.hosted_bytes,
         exchanges_per_step=split.exchanges_per_step,
         reloads=torch.equal(before, reloaded),
