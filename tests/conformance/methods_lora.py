@@ -34,7 +34,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import PreTrainedModel
 
 from conformance.methods_models import Subject
-from conformance.methods_rows import Apply, Options, Row, batch, calibrate, plainly
+from conformance.methods_rows import Apply, Options, Row, as_it_is, batch, calibrate, plainly
 
 FIRST_TOKENS = [int(id) for id in batch(1)[0, 3:5]]
 """Tokens that occur in the batches, for aLoRA's invocation."""
@@ -43,7 +43,8 @@ FIRST_TOKENS = [int(id) for id in batch(1)[0, 3:5]]
 def _lora(
     name: str,
     *,
-    apply: Apply | None = None,
+    apply: Apply = plainly,
+    before_loading: Callable[[PreTrainedModel, PeftConfig], None] = as_it_is,
     trains: bool = True,
     needs: str = "",
     note: str = "",
@@ -58,7 +59,8 @@ def _lora(
         name,
         "LORA",
         all_options,
-        apply=apply or plainly,
+        apply=apply,
+        before_loading=before_loading,
         trains=trains,
         needs=needs,
         note=note,
@@ -75,12 +77,16 @@ def _with_eva(
     return tuned
 
 
-def _with_corda(
-    model: PreTrainedModel, config: PeftConfig, subject: Subject, experts: Path
-) -> PeftModel:
+def _prepare_corda(model: PreTrainedModel, config: PeftConfig) -> None:
     from peft.tuners.lora.corda import preprocess_corda  # needs attrs, which peft does not demand
 
     preprocess_corda(model, config, run_model=lambda: calibrate(model))
+
+
+def _with_corda(
+    model: PreTrainedModel, config: PeftConfig, subject: Subject, experts: Path
+) -> PeftModel:
+    _prepare_corda(model, config)
     return get_peft_model(model, config)
 
 
@@ -152,6 +158,7 @@ LORA_ROWS: tuple[Row, ...] = (
         init_lora_weights="corda",
         corda_config=lambda s: CordaConfig(corda_method="kpm"),
         apply=_with_corda,
+        before_loading=_prepare_corda,
         needs="attr",
     ),
     _lora(

@@ -32,6 +32,10 @@ def plainly(
     return get_peft_model(model, config)
 
 
+def as_it_is(model: PreTrainedModel, config: PeftConfig) -> None:
+    pass
+
+
 def _nothing(ids: Tensor) -> dict[str, Any]:
     return {}
 
@@ -45,6 +49,8 @@ class Row:
     options: Callable[[Subject], Options]
     apply: Apply = plainly
     """(model, config, subject, a folder with two trained LoRA adapters) → the adapted model."""
+    before_loading: Callable[[PreTrainedModel, PeftConfig], None] = as_it_is
+    """What peft wants done to a fresh model before the saved adapter is loaded."""
     extra: Extra = _nothing
     """Further arguments of the forward pass, such as a task number."""
     trains: bool = True

@@ -205,6 +205,7 @@ def _load(row: Row, bench: Bench, folder: Path) -> PeftModel:
         return PeftModel.from_pretrained(base, str(folder))
     if not row.trains:
         return row.apply(base, row.config(bench.subject), bench.subject, bench.experts)
+    row.before_loading(base, row.config(bench.subject))
     loaded = PeftModel.from_pretrained(base, str(folder))
     if names := sorted(path.parent.name for path in folder.glob("*/adapter_config.json")):
         for name in names:

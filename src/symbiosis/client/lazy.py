@@ -22,14 +22,10 @@ def _view(weight: RemoteWeight, func: Any, args: Any, kwargs: Any, step: View, *
     return weight.viewed(func(weight._like, *args[1:], **kwargs), step, *ints)
 
 
-def transposed(weight: RemoteWeight, dim0: int, dim1: int) -> RemoteWeight:
-    return weight.viewed(weight._like.transpose(dim0, dim1), View.TRANSPOSE, dim0, dim1)
-
-
 def _aten_t(func: Any, args: Any, kwargs: Any) -> Any:
     if args[0].dim() < 2:
         return _aten_alias(func, args, kwargs)
-    return transposed(args[0], 0, 1)
+    return _view(args[0], func, args, kwargs, View.TRANSPOSE, 0, 1)
 
 
 def _aten_slice(func: Any, args: Any, kwargs: Any) -> Any:

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from symbiosis.client.lazy import transposed
 from symbiosis.client.remote_weight import ATEN, FUNCTIONS, RemoteWeight
 from symbiosis.errors import UnsupportedOperation
 from symbiosis.wire.exchange import NO_BIAS, Op
@@ -209,7 +208,16 @@ def _aten_mm(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if isinstance(b, RemoteWeight):
         return _remote_matmul(Op.MATMUL, a, b)
-    return _remote_matmul(Op.LINEAR, b.t(), a).t()  # W x = (xᵀ Wᵀ)ᵀ
+    return _weight_times(a, b)
+
+
+def _weight_times(weight: RemoteWeight, x: Tensor) -> Tensor:
+    """W x. Not (xᵀ Wᵀ)ᵀ, whose bits may differ: methods decompose what comes out of this."""
+    flipped = not x.is_contiguous() and x.transpose(-2, -1).is_contiguous()
+    given, params = (x.transpose(-2, -1), (1,)) if flipped else (x, ())
+    return weight._session.exchange(
+        Op.WEIGHT_MATMUL, weight._weight, weight._recipe, (given,), params=params
+    )
 
 
 def _remote_matmul(op: Op, x: Tensor, weight: RemoteWeight) -> Tensor:
@@ -239,10 +247,7 @@ def _aten_bmm(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if isinstance(b, RemoteWeight):
         return b._session.exchange(Op.BATCHED_MATMUL, b._weight, b._recipe, (a,))
-    flipped = transposed(a, 1, 2)
-    x = b.transpose(1, 2)
-    found = a._session.exchange(Op.BATCHED_MATMUL, a._weight, flipped._recipe, (x,))
-    return found.transpose(1, 2)
+    return _weight_times(a, b)
 
 
 def _aten_baddbmm(func: Any, args: Any, kwargs: Any) -> Any:

@@ -133,6 +133,10 @@ def _result_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...]:
         case Op.GROUPED_MATMUL if len(w) == 3 and len(x.shape) == 2 and x.shape[1] == w[1]:
             if exchange.specs[1].shape == (w[0],):
                 return (x.shape[0], w[2])
+        case Op.WEIGHT_MATMUL if len(w) == len(x.shape) in (2, 3):
+            inner, columns = x.shape[-2:] if not _flipped(exchange) else x.shape[:-3:-1]
+            if (*x.shape[:-2], inner) == (*w[:-2], w[-1]):
+                return (*w[:-1], columns)
         case Op.EMBEDDING if len(w) == 2:
             return (*x.shape, w[1])
         case Op.CONVOLUTION | Op.CONVOLUTION_INPUT_GRAD:
@@ -140,6 +144,13 @@ def _result_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...]:
     raise InvalidInput(
         f"{exchange.op.name.lower()} of input {x} does not fit a weight of shape {list(w)}"
     )
+
+
+def _flipped(exchange: Exchange) -> bool:
+    """Is a WEIGHT_MATMUL's input to be read transposed?"""
+    if exchange.params not in ((), (1,)):
+        raise ProtocolError("weight_matmul takes no parameter but 1, for an input to transpose")
+    return exchange.params == (1,)
 
 
 class ConvolutionParams(NamedTuple):
@@ -235,6 +246,8 @@ def _run_one(
             y = torch.matmul(x, w)
         case Op.BATCHED_MATMUL:
             y = torch.bmm(x, w)
+        case Op.WEIGHT_MATMUL:
+            y = torch.matmul(w, x.transpose(-2, -1) if _flipped(exchange) else x)
         case Op.GROUPED_MATMUL:
             y = F.grouped_mm(x, w, offs=inputs[1].to(w.device))
         case Op.CONVOLUTION:

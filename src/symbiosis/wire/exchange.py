@@ -36,6 +36,8 @@ class Op(enum.IntEnum):
     EMBEDDING = 5  # ids (...) int, W (V, O) → (..., O)
     CONVOLUTION = 6  # x (N, C, ...), W, b; params: `ConvolutionParams`
     CONVOLUTION_INPUT_GRAD = 7  # dy (N, C', ...), W; params, then the input's shape
+    WEIGHT_MATMUL = 8  # x (I, T), W (O, I) → W x (O, T), both perhaps with (E, ...) in front;
+    # with the parameter 1, x comes as (T, I), for the layout in memory can decide the last bits
 
 
 class Priority(enum.IntEnum):
