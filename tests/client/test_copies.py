@@ -96,6 +96,39 @@ def test_a_product_added_to_a_weight_reads_it(
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_weight_on_the_left_multiplies_as_it_does_here(
+    model: PreTrainedModel, local: PreTrainedModel, flipped: bool
+) -> None:
+    """Bit for bit, whichever way the other operand lies in memory."""
+    x = torch.randn(5, 32).t() if flipped else torch.randn(32, 5)
+    found, expected = (weight_of(m) @ x for m in (model, local))
+    assert torch.equal(found, expected)
+    blocks = torch.randn(4, 8, 8).transpose(1, 2) if flipped else torch.randn(4, 8, 8)
+    found, expected = (torch.bmm(weight_of(m).reshape(4, 16, 8), blocks) for m in (model, local))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: torch.linalg.solve(torch.eye(32) + 0.1, w.T),
+        lambda w: torch.linalg.eigh(w[:, :16])[0],
+        lambda w: w[:, :16].inverse(),
+        lambda w: w.median(),
+        lambda w: w.flatten().kthvalue(7)[0],
+        lambda w: w[w.abs() > 0.01],
+    ],
+)
+def test_decompositions_and_selections_read_it(
+    model: PreTrainedModel,
+    local: PreTrainedModel,
+    read: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Not refused: peft takes a failing solver for a singular matrix and goes another way."""
+    assert torch.equal(read(weight_of(model)), read(weight_of(local)))
+
+
 def test_safetensors_saves_a_weight(
     model: PreTrainedModel, local: PreTrainedModel, tmp_path: Path
 ) -> None:

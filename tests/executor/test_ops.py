@@ -106,6 +106,17 @@ def test_batched_matmul(weights: Weights, parts: Parts) -> None:
     )
 
 
+@pytest.mark.parametrize("flipped", [False, True])
+def test_weight_matmul(weights: Weights, parts: Parts, flipped: bool) -> None:
+    x, experts_x = torch.randn(16, 5), torch.randn(3, 8, 4)
+    pairs = ((LINEAR, parts.linear.weight, x), (EXPERTS, parts.experts.up, experts_x))
+    for number, weight, operand in pairs:
+        sent = operand.transpose(-2, -1).contiguous() if flipped else operand
+        asked = exchange(Op.WEIGHT_MATMUL, number, sent, params=(1,) if flipped else ())
+        expected = weight @ (sent.transpose(-2, -1) if flipped else sent)
+        assert torch.equal(run(weights, asked), expected)
+
+
 @pytest.mark.parametrize("ends", [(2, 5, 6), (0, 0, 6), (6, 6, 6)])
 def test_grouped_matmul(weights: Weights, parts: Parts, ends: tuple[int, ...]) -> None:
     x = torch.randn(6, 16)
@@ -179,6 +190,13 @@ x, ids, ends = torch.zeros(3, 16), torch.zeros(3, dtype=torch.int64), torch.zero
         exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 16)),
         exchange(Op.BATCHED_MATMUL, LINEAR, torch.zeros(3, 5, 16)),
         exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 5, 16), biases=(1,)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(8, 3)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(16, 3), params=(1,)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(16, 3), params=(2,)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(16, 3), biases=(1,)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(1, 16, 3)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(16)),
+        exchange(Op.WEIGHT_MATMUL, EXPERTS, torch.zeros(2, 8, 3)),
         exchange(Op.GROUPED_MATMUL, EXPERTS, x),
         exchange(Op.GROUPED_MATMUL, EXPERTS, x, ends[:2]),
         exchange(Op.GROUPED_MATMUL, EXPERTS, x, ends.long()),
