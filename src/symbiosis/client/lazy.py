@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symbiosis.client.remote_weight import ATEN, FUNCTIONS, READS, RemoteWeight
+from symbiosis.client.remote_weight import ATEN, FUNCTIONS, READS, RemoteWeight, asker
 from symbiosis.wire.views import View
 
 aten = torch.ops.aten
@@ -91,7 +91,7 @@ def _aten_copy_(func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[:2]
     if isinstance(target, RemoteWeight):
         return NotImplemented
-    return func(target, source._numbers("copy_"), *args[2:])
+    return func(target, source._numbers(f"copy_{asker()}"), *args[2:])
 
 
 def _aten_like(func: Any, args: Any, kwargs: Any) -> Any:

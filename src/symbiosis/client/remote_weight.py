@@ -10,8 +10,10 @@ norm, an SVD) fetch the weight, once, and say so in the log.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
+from types import FrameType
 from typing import Any
 
 import torch
@@ -133,7 +135,7 @@ class RemoteWeight(Tensor):
         """The numbers at an address of their own that lives as long as this handle: for code
         that reads a tensor's memory, as safetensors does to save it. Fetches."""
         if self._memory is None:
-            self._memory = self.fetch("saving it")
+            self._memory = self.fetch(f"saving it{asker()}")
         return self._memory
 
     def localise(self, why: str) -> None:
@@ -141,7 +143,7 @@ class RemoteWeight(Tensor):
 
         Needed before it can be trained or changed (``modules_to_save``, merging). Fetches.
         """
-        self.become(self.fetch(why))
+        self.become(self.fetch(f"{why}{asker()}"))
 
     def become(self, values: Tensor) -> None:
         """Turn this very tensor into a local, frozen one that holds ``values``; a parameter
@@ -230,9 +232,21 @@ def _change(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(target if target is weight else target.data, *args[1:], **kwargs)
 
 
+def asker() -> str:
+    """`` in pissa_init (peft.tuners.lora.layer)``: the innermost function on the stack that is
+    neither ours nor torch's, so that log and refusals name the method that reads a weight."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.split(".")[0] not in ("symbiosis", "torch", "safetensors"):
+            return f" in {frame.f_code.co_name} ({module})"
+        frame = frame.f_back
+    return ""
+
+
 def _fetched(value: Any, why: str) -> Any:
     if isinstance(value, RemoteWeight):
-        return value._numbers(why)
+        return value._numbers(f"{why}{asker()}")
     if isinstance(value, (tuple, list)):
         return type(value)(_fetched(item, why) for item in value)
     if isinstance(value, dict):
