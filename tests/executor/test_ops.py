@@ -106,20 +106,21 @@ def test_batched_matmul(weights: Weights, parts: Parts) -> None:
     )
 
 
-def test_batched_matmul_with_the_weight_first(weights: Weights, parts: Parts) -> None:
-    """And with an input that is sent as it lies in memory, its last dimensions swapped."""
-    up = parts.experts.up
-    x, y = torch.randn(3, up.shape[2], 5), torch.randn(3, 16, 5)
-    first, swapped, both = 1, 2, 3
-    for tensor, flags, expected in [
-        (x, first, up.bmm(x)),
-        (y, swapped, y.transpose(1, 2).bmm(up)),
-        (x.transpose(1, 2).contiguous(), both, up.bmm(x)),
-    ]:
-        asked = exchange(Op.BATCHED_MATMUL, EXPERTS, tensor, params=(flags,))
-        found = run(weights, asked)
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-        assert ops.check(asked, weights).result_bytes == found.nbytes
+def test_batched_matmul_of_an_input_sent_as_it_lies(weights: Weights, parts: Parts) -> None:
+    up, y = parts.experts.up, torch.randn(3, 16, 5)
+    found = run(weights, exchange(Op.BATCHED_MATMUL, EXPERTS, y, params=(1,)))
+    assert torch.equal(found, y.transpose(1, 2).bmm(up))
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_weight_matmul(weights: Weights, parts: Parts, flipped: bool) -> None:
+    x, experts_x = torch.randn(16, 5), torch.randn(3, 8, 4)
+    pairs = ((LINEAR, parts.linear.weight, x), (EXPERTS, parts.experts.up, experts_x))
+    for number, weight, operand in pairs:
+        sent = operand.transpose(-2, -1).contiguous() if flipped else operand
+        asked = exchange(Op.WEIGHT_MATMUL, number, sent, params=(1,) if flipped else ())
+        expected = weight @ (sent.transpose(-2, -1) if flipped else sent)
+        assert torch.equal(run(weights, asked), expected)
 
 
 @pytest.mark.parametrize("ends", [(2, 5, 6), (0, 0, 6), (6, 6, 6)])
@@ -215,6 +216,13 @@ x, ids, ends = torch.zeros(3, 16), torch.zeros(3, dtype=torch.int64), torch.zero
         exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 5, 16), params=(1,)),
         exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 5, 16), params=(4,)),
         exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 5, 16), params=(0, 0)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(8, 3)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(16, 3), params=(1,)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(16, 3), params=(2,)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(16, 3), biases=(1,)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(1, 16, 3)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(16)),
+        exchange(Op.WEIGHT_MATMUL, EXPERTS, torch.zeros(2, 8, 3)),
         exchange(Op.GROUPED_MATMUL, EXPERTS, x),
         exchange(Op.GROUPED_MATMUL, EXPERTS, x, ends[:2]),
         exchange(Op.GROUPED_MATMUL, EXPERTS, x, ends.long()),

@@ -9,11 +9,12 @@ Shapes: T rows, I in, O out.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
 import symbiosis.client.lazy  # noqa: F401 - fills its part of the tables
@@ -134,8 +135,18 @@ def _requires_grad_(self: Any, requires_grad: bool = True) -> Any:
     """Asking for a gradient makes the parameter local: it can be trained from then on."""
     if type(self) is not RemoteWeight or not requires_grad:
         return NotImplemented
-    _set_requires_grad(self, True)
+    if _in_parameter_constructor():
+        self._to_train = True
+    else:
+        _set_requires_grad(self, True)
     return self
+
+
+def _in_parameter_constructor() -> bool:
+    """``nn.Parameter(w)`` insists that what ``requires_grad_`` returns is still of w's type; it
+    becomes local when the constructor marks it as a parameter (`RemoteWeight._is_param`)."""
+    caller = sys._getframe(3)  # this, the handler, __torch_function__, the caller
+    return caller.f_code is nn.Parameter.__new__.__code__
 
 
 def _set_requires_grad(self: Any, requires_grad: bool) -> Any:
@@ -153,7 +164,7 @@ def _set_data(self: Any, value: Any) -> Any:
         return NotImplemented
     if type(value) is RemoteWeight:
         twin = value.cast(value.dtype, value.device)
-        if getattr(self, "_is_param", False):
+        if self._is_param:
             twin._is_param = True
         torch.utils.swap_tensors(self, twin)  # type: ignore[no-untyped-call]
     else:
@@ -198,7 +209,21 @@ def _aten_mm(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if isinstance(b, RemoteWeight):
         return _remote_matmul(Op.MATMUL, a, b)
-    return _remote_matmul(Op.LINEAR, b.t(), a).t()  # W x = (xᵀ Wᵀ)ᵀ
+    return _weight_times(a, b)
+
+
+def _weight_times(weight: RemoteWeight, x: Tensor) -> Tensor:
+    """W x. Not (xᵀ Wᵀ)ᵀ, whose bits may differ: methods decompose what comes out of this."""
+    x, params = _as_it_lies(x)
+    return weight._session.exchange(
+        Op.WEIGHT_MATMUL, weight._weight, weight._recipe, (x,), params=params
+    )
+
+
+def _as_it_lies(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """An operand as it lies in memory, which decides the kernel, with the parameter for it."""
+    swapped = x.stride(-2) == 1 and x.stride(-1) > 1
+    return (x.transpose(-2, -1), (1,)) if swapped else (x, ())
 
 
 def _remote_matmul(op: Op, x: Tensor, weight: RemoteWeight) -> Tensor:
@@ -226,13 +251,10 @@ def _aten_bmm(func: Any, args: Any, kwargs: Any) -> Any:
     a, b = args
     if isinstance(a, RemoteWeight) and isinstance(b, RemoteWeight):
         return NotImplemented
-    weight, x, flags = (b, a, 0) if isinstance(b, RemoteWeight) else (a, b, 1)
-    if x.stride(1) == 1 and x.stride(2) > 1:  # as it lies in memory: the kernel depends on it
-        x, flags = x.transpose(1, 2), flags | 2
-    params = (flags,) if flags else ()
-    return weight._session.exchange(
-        Op.BATCHED_MATMUL, weight._weight, weight._recipe, (x,), params=params
-    )
+    if isinstance(a, RemoteWeight):
+        return _weight_times(a, b)
+    x, params = _as_it_lies(a)
+    return b._session.exchange(Op.BATCHED_MATMUL, b._weight, b._recipe, (x,), params=params)
 
 
 def _aten_baddbmm(func: Any, args: Any, kwargs: Any) -> Any:

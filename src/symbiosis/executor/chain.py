@@ -195,7 +195,7 @@ def _compute(
 def _product(
     kind: Step, x: torch.Tensor, weight: int, bias_id: int, weights: Weights
 ) -> torch.Tensor:
-    w = weights[weight].tensor
+    w = weights.view(weight, ())
     bias = None if bias_id == NO_BIAS else weights.vector(bias_id)
     if kind is Step.EMBEDDING:
         return F.embedding(x, w)

@@ -144,10 +144,16 @@ def _result_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...]:
         case Op.MATMUL if len(w) == 2 and x.shape[-1:] == (w[0],):
             return (*x.shape[:-1], w[1])
         case Op.BATCHED_MATMUL if len(w) == 3 == len(x.shape):
-            return _batched_shape(exchange, w)
+            inner, rows = x.shape[:-3:-1] if not _flipped(exchange) else x.shape[-2:]
+            if (x.shape[0], inner) == w[:2]:
+                return (w[0], rows, w[2])
         case Op.GROUPED_MATMUL if len(w) == 3 and len(x.shape) == 2 and x.shape[1] == w[1]:
             if exchange.specs[1].shape == (w[0],):
                 return (x.shape[0], w[2])
+        case Op.WEIGHT_MATMUL if len(w) == len(x.shape) in (2, 3):
+            inner, columns = x.shape[-2:] if not _flipped(exchange) else x.shape[:-3:-1]
+            if (*x.shape[:-2], inner) == (*w[:-2], w[-1]):
+                return (*w[:-1], columns)
         case Op.EMBEDDING if len(w) == 2:
             return (*x.shape, w[1])
         case Op.CONVOLUTION | Op.CONVOLUTION_INPUT_GRAD:
@@ -157,30 +163,11 @@ def _result_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...]:
     )
 
 
-WEIGHT_FIRST, TRANSPOSED_INPUT = 1, 2
-"""Flags of BATCHED_MATMUL: W x in place of x W; x is sent with its last dimensions swapped."""
-
-
-def _batched_flags(params: tuple[int, ...]) -> int:
-    if len(params) > 1 or not 0 <= sum(params) <= WEIGHT_FIRST | TRANSPOSED_INPUT:
-        raise ProtocolError("a batched product's parameters are malformed")
-    return sum(params)
-
-
-def _batched_shape(exchange: Exchange, w: tuple[int, ...]) -> tuple[int, ...]:
-    x, flags = exchange.specs[0], _batched_flags(exchange.params)
-    experts, *matrix = x.shape
-    if flags & TRANSPOSED_INPUT:
-        matrix.reverse()
-    left, right = (list(w[1:]), matrix) if flags & WEIGHT_FIRST else (matrix, list(w[1:]))
-    if experts != w[0] or left[1] != right[0]:
-        raise InvalidInput(f"batched_matmul of input {x} does not fit a weight of shape {list(w)}")
-    return (experts, left[0], right[1])
-
-
-def _batched_matmul(x: torch.Tensor, w: torch.Tensor, flags: int) -> torch.Tensor:
-    x = x.transpose(1, 2) if flags & TRANSPOSED_INPUT else x
-    return torch.bmm(w, x) if flags & WEIGHT_FIRST else torch.bmm(x, w)
+def _flipped(exchange: Exchange) -> bool:
+    """Is the input of a BATCHED_MATMUL or WEIGHT_MATMUL to be read transposed?"""
+    if exchange.params not in ((), (1,)):
+        raise ProtocolError(f"{exchange.op.name.lower()} takes no parameter but 1: x is transposed")
+    return exchange.params == (1,)
 
 
 class ConvolutionParams(NamedTuple):
@@ -305,7 +292,9 @@ def _run_one(
         case Op.MATMUL:
             y = torch.matmul(x, w)
         case Op.BATCHED_MATMUL:
-            y = _batched_matmul(x, w, _batched_flags(exchange.params))
+            y = torch.bmm(x.transpose(1, 2) if _flipped(exchange) else x, w)
+        case Op.WEIGHT_MATMUL:
+            y = torch.matmul(w, x.transpose(-2, -1) if _flipped(exchange) else x)
         case Op.GROUPED_MATMUL:
             y = F.grouped_mm(x, w, offs=inputs[1].to(w.device))
         case Op.CONVOLUTION | Op.CONVOLUTION_INPUT_GRAD:

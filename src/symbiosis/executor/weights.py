@@ -212,7 +212,7 @@ class Weights:
         names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
-        head = model.get_output_embeddings()
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         for path, module in model.named_modules():
             for name, tensor in _tensors_of(module):
                 full = f"{path}.{name}" if path else name
