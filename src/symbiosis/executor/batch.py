@@ -44,6 +44,42 @@ def compute(exchanges: list[Exchange], weights: Weights) -> list[tuple[torch.Ten
     ]
 
 
+class Pieces:
+    """One exchange's results, put together as its rows are computed, piece by piece.
+
+    On the CPU in fp32 the rows have the bits of the whole product as long as no piece is a single
+    row (measured with MKL on one thread); other kernels may differ in the last bit, as in a batch.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._rows = _rows(exchange)
+        self._results: tuple[torch.Tensor, ...] = ()
+        self.elapsed_s = 0.0
+
+    def exchange(self, start: int, stop: int) -> Exchange:
+        """Rows ``start`` to ``stop`` as an exchange."""
+        return self._exchange._replace(tensors=(self._rows[start:stop],))
+
+    def add(self, start: int, outputs: tuple[torch.Tensor, ...]) -> None:
+        """Those rows' outputs."""
+        if not self._results:
+            rows = self._rows.shape[0]
+            self._results = tuple(output.new_empty(rows, output.shape[-1]) for output in outputs)
+        for result, output in zip(self._results, outputs, strict=True):
+            result[start : start + output.shape[0]] = output
+
+    def results(self) -> tuple[torch.Tensor, ...]:
+        """As `compute` returns them, once all rows are there."""
+        leading = _leading(self._exchange)
+        return tuple(result.view(*leading, result.shape[-1]) for result in self._results)
+
+
+def divisible(exchange: Exchange, joinable: bool) -> bool:
+    """May it be computed in `Pieces`? A lookup is too cheap for it."""
+    return joinable and exchange.op is not Op.EMBEDDING
+
+
 def _rows(exchange: Exchange) -> torch.Tensor:
     x = exchange.tensors[0]
     return x.reshape(-1) if exchange.op is Op.EMBEDDING else x.reshape(-1, x.shape[-1])
