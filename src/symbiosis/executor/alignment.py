@@ -26,6 +26,7 @@ class Alignment:
     def __init__(self) -> None:
         self._rhythms: dict[int, Rhythm] = {}
         self._load = 0.0
+        self._looked_s = self._trained_s = -math.inf
         self.holds = 0  # exchanges that were held
         self.held_s = 0.0  # and for how long, in sum
 
@@ -34,7 +35,7 @@ class Alignment:
         rhythm = self._rhythms.get(client)
         if rhythm is None:
             rhythm = self._rhythms[client] = Rhythm()
-        rhythm.arrived(key, opens, now_s)
+        rhythm.arrived(key, opens, now_s, self._looked_s)
         if rhythm.at_start:
             self._load = sum(
                 r.load for r in self._rhythms.values() if r.regular and r.late_s > now_s
@@ -54,10 +55,13 @@ class Alignment:
         self.holds += 1
         self.held_s += seconds
 
-    def disturb(self, seconds: float) -> None:
-        """A training batch has run: what came meanwhile was seen late."""
-        for rhythm in self._rhythms.values():
-            rhythm.disturb(seconds)
+    def looked(self, now_s: float) -> None:
+        """A batch starts: what comes until it has run is seen only then."""
+        self._looked_s = now_s
+
+    def trained(self, now_s: float) -> None:
+        """A training batch has run: training wants all the time that decoding leaves."""
+        self._trained_s = now_s
 
     def release_s(
         self, key: Hashable, clients: dict[int, float], deadline_s: float, now_s: float
@@ -109,7 +113,8 @@ class Alignment:
         """How long a client may be held in one token: what it would wait behind the others whose
         exchanges come at random (Pollaczek and Khinchine, constant service), at most the token."""
         others = self._load - (rhythm.load if rhythm.regular else 0.0)
-        behind_s = math.inf if others >= 1 else rhythm.busy_s * others / (2 * (1 - others))
+        full = others >= 1 or self._trained_s >= rhythm.started_s
+        behind_s = math.inf if full else rhythm.busy_s * others / (2 * (1 - others))
         return min(rhythm.work_s.typical, behind_s)
 
     def _on_the_way(self, now_s: float) -> list[Rhythm]:

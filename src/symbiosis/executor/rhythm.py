@@ -15,7 +15,7 @@ import math
 from collections import deque
 from collections.abc import Hashable
 
-LATE = 2.0
+LATE = 3.0
 """Later than so many times the 90th percentile of its gaps, a client is late."""
 
 _LONGEST_TOKEN = 4096  # exchanges that are remembered; a client cannot make the table grow
@@ -65,16 +65,16 @@ class Rhythm:
         self._length = _LONGEST_TOKEN
         self._step = 0  # exchanges of this token before the present one
         self._position = 0  # of the present exchange in the last whole token
-        self._started_s = -math.inf
+        self.started_s = -math.inf
         self._busy_s = 0.0
         self._late = False
-        self._blind_s = 0.0  # of the present gap
 
-    def arrived(self, key: Hashable, opens: bool, now_s: float) -> None:
-        """It has sent an exchange; ``opens`` hints that a token starts with it."""
+    def arrived(self, key: Hashable, opens: bool, now_s: float, looked_s: float) -> None:
+        """It has sent an exchange; ``opens`` hints that a token starts with it. It had not come
+        yet when the executor last looked, at ``looked_s``, before a batch."""
         self.at_start = self._starts(key, opens)
         if self.answered_s is not None:
-            self._observe_gap(now_s - self.answered_s)
+            self._observe_gap(now_s - self.answered_s, looked_s - self.answered_s)
         if self.at_start:
             self._start(now_s)
         else:
@@ -88,11 +88,6 @@ class Rhythm:
         """Its exchange was computed, in a batch that took ``elapsed_s``."""
         self._busy_s += elapsed_s
         self.answered_s = now_s
-        self._blind_s = 0.0
-
-    def disturb(self, seconds: float) -> None:
-        """Something long was computed: an exchange that came meanwhile is seen afterwards."""
-        self._blind_s += seconds
 
     @property
     def expected_s(self) -> float:
@@ -132,18 +127,21 @@ class Rhythm:
     def _start(self, now_s: float) -> None:
         """A token has ended with the last answer, and another one begins."""
         if self.answered_s is not None and self._keys:
-            self.work_s.add(max(0.0, self.answered_s - self._started_s - self.held_s))
-            period_s = now_s - self._started_s - self.held_s
+            self.work_s.add(max(0.0, self.answered_s - self.started_s - self.held_s))
+            period_s = now_s - self.started_s - self.held_s
             self.busy_s = self._busy_s
             self.load = min(1.0, self._busy_s / period_s) if period_s > 0 else 1.0
             self.regular = bool(self._positions) and not self._late
             self._positions, self._length = self._keys, self._step + 1
-        self._keys, self._step, self._started_s = {}, 0, now_s
+        self._keys, self._step, self.started_s = {}, 0, now_s
         self._late, self._busy_s, self.held_s = False, 0.0, 0.0
 
-    def _observe_gap(self, gap_s: float) -> None:
+    def _observe_gap(self, gap_s: float, least_s: float) -> None:
+        """A gap between ``least_s`` and ``gap_s``: a batch ran when it ended; if ``least_s`` is
+        negative, none has run and the gap is exact."""
         gaps = self._pause if self.at_start else self._gap
-        if self.regular and gap_s - self._blind_s > LATE * gaps.most:
+        if least_s < 0:
+            least_s = gap_s
+        if self.regular and least_s > LATE * gaps.most:
             self.regular, self._late = False, not self.at_start
-        if not self._blind_s:
-            gaps.add(gap_s)
+        gaps.add(max(least_s, min(gap_s, gaps.most or gap_s)))

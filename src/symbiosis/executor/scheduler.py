@@ -163,6 +163,7 @@ class Scheduler:
         self._rest(leader is None and any(head.priority for head in heads), now_s)
         if leader is None:
             return None
+        self.alignment.looked(now_s)
         if self.policy == "align" and leader.priority is Priority.TRAINING:
             return self._training_batch(leader, heads, now_s)
         if self.policy == "none" or len(heads) == 1:
@@ -181,7 +182,7 @@ class Scheduler:
                 self._last_seen_s[request.client] = now_s
         if batch.priority is Priority.TRAINING:
             self._training.ran(batch.requests[0].key, batch.rows, elapsed_s)
-            self.alignment.disturb(elapsed_s)
+            self.alignment.trained(now_s)
             return
         self._training.decoded(elapsed_s)
         for request in batch.requests:
