@@ -64,7 +64,11 @@ class Client:
     tokens: int | None = None  # it leaves after so many
     at: int = 0
     token_ends_s: list[float] = field(default_factory=list)
-    gone: bool = False
+    counted_from: int = 0  # exchanges answered before the measurement began
+
+    @property
+    def answered(self) -> int:
+        return len(self.token_ends_s) * len(self.steps) + self.at
 
     @property
     def gaps_s(self) -> list[float]:
@@ -148,7 +152,6 @@ class Simulation:
             rest_s = client.pause_s
             think_s = self.machine.sample_s
             if client.tokens is not None and len(client.token_ends_s) >= client.tokens:
-                client.gone = True
                 self.scheduler.remove_client(client.number)
                 return
         think_s *= client.rows**0.5 * math.exp(self._random.gauss(0, self.machine.noise))
@@ -171,6 +174,9 @@ def simulate(
     policy: Policy, clients: list[Client], seconds: float, machine: Machine, seed: int = 0
 ) -> Outcome:
     simulation = Simulation(Scheduler(policy), clients, machine, seed)
+    simulation.run(seconds / 10)
+    for client in clients:
+        client.counted_from = client.answered
     simulation.run(seconds)
     return outcome(simulation, seconds)
 
@@ -178,11 +184,11 @@ def simulate(
 def outcome(simulation: Simulation, seconds: float) -> Outcome:
     from_s = seconds / 10
 
-    def ends(priority: Priority) -> list[list[float]]:
-        clients = [c for c in simulation.clients.values() if c.priority is priority]
-        return [[at_s for at_s in c.token_ends_s if at_s >= from_s] for c in clients]
-
-    decoded, trained = ends(Priority.INTERACTIVE), ends(Priority.TRAINING)
+    clients = simulation.clients.values()
+    decoders = [c for c in clients if c.priority is Priority.INTERACTIVE]
+    decoded = [[at_s for at_s in c.token_ends_s if at_s >= from_s] for c in decoders]
+    trainers = [c for c in clients if c.priority is Priority.TRAINING]
+    steps = sum((c.answered - c.counted_from) / len(c.steps) for c in trainers)
     gaps = sorted(b - a for times in decoded for a, b in itertools.pairwise(times))
     sizes = simulation.batches
     return Outcome(
@@ -190,6 +196,6 @@ def outcome(simulation: Simulation, seconds: float) -> Outcome:
         mean_batch=statistics.fmean(sizes) if sizes else 0.0,
         p50_ms=1e3 * gaps[len(gaps) // 2] if gaps else 0.0,
         p99_ms=1e3 * gaps[len(gaps) * 99 // 100] if gaps else 0.0,
-        steps_per_s=sum(map(len, trained)) / (seconds - from_s),
+        steps_per_s=steps / (seconds - from_s),
         busy=simulation.busy_s / simulation.now_s,
     )
