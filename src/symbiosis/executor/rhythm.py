@@ -126,7 +126,7 @@ class Rhythm:
 
     def _start(self, now_s: float) -> None:
         """A token has ended with the last answer, and another one begins."""
-        if self.answered_s is not None and self._keys:
+        if self.answered_s is not None and self.started_s > -math.inf:
             self.work_s.add(max(0.0, self.answered_s - self.started_s - self.held_s))
             period_s = now_s - self.started_s - self.held_s
             self.busy_s = self._busy_s
