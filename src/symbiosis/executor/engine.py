@@ -172,8 +172,14 @@ class Engine:
     def snapshot(self) -> dict[str, object]:
         """The counters as plain JSON types."""
         with self._queue_lock:
-            waiting = len(self._scheduler)
-        return {**self.stats.snapshot(self.clock()), "waiting": waiting, "policy": self.policy}
+            waiting, alignment = len(self._scheduler), self._scheduler.alignment
+        return {
+            **self.stats.snapshot(self.clock()),
+            "waiting": waiting,
+            "policy": self.policy,
+            "holds": alignment.holds,
+            "held_s": alignment.held_s,
+        }
 
     def _compute(
         self, exchanges: list[Exchange]
