@@ -209,7 +209,7 @@ def alone() -> list[Adapter]:
 
 
 @pytest.mark.parametrize("transport", ["unix", "inproc"])
-@pytest.mark.parametrize("policy", ["greedy", "lockstep", "none"])
+@pytest.mark.parametrize("policy", ["align", "greedy", "lockstep", "none"])
 def test_two_clients_do_not_disturb_each_other(
     serve: Serve, alone: list[Adapter], policy: str, transport: str
 ) -> None:

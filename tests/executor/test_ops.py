@@ -155,7 +155,7 @@ def test_convolution_with_channels_last(weights: Weights, parts: Parts) -> None:
     """As a client's input lies in memory; torch takes other kernels for it."""
     params = (*CONV_PARAMS[:7], 2, *CONV_PARAMS[8:])
     x = torch.randn(2, 5, 5, 4).movedim(-1, 1).requires_grad_()
-    bias = weights.bias_ids["conv.bias"]
+    bias = weights.vector_ids["conv.bias"]
     sent = x.detach().movedim(1, -1)
     expected = parts.conv(x)
     asked = exchange(Op.CONVOLUTION, CONV, sent, biases=(bias,), params=params)

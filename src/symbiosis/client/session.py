@@ -94,17 +94,22 @@ class Session:
         *,
         name: str | None = None,
         priority: PriorityName = "auto",
+        weight: float = 1.0,
+        deadline_ms: float | None = None,
     ) -> None:
         """``opener`` opens channels to ``url``; the first is opened here. Raises
         ConnectionFailed, ProtocolError."""
         if priority not in ("auto", "interactive", "training"):
             raise ValueError(f"priority is {priority!r}; use auto, interactive or training")
         self.url = url
+        self._terms = weight, deadline_ms
         self._opener = opener
         self._priority = priority
         self._hello: Json = {
             "protocol": VERSION,
             "client": name or f"client-{os.getpid()}-{next(_serial)}",
+            "weight": weight,
+            "deadline_ms": deadline_ms,
         }
         self._lock = threading.RLock()
         self._channel: Channel | None = None
@@ -289,7 +294,11 @@ class Session:
                 "the executor listen on a unix:// or tcp:// address and connect to that"
             )
         reopen = functools.partial(
-            Session, name=str(self._hello["client"]), priority=self._priority
+            Session,
+            name=str(self._hello["client"]),
+            priority=self._priority,
+            weight=self._terms[0],
+            deadline_ms=self._terms[1],
         )
         return reopen, (self._opener, self.url)
 

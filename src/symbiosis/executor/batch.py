@@ -52,3 +52,38 @@ def _shaped(rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         return rows
     dtype, shape = exchange.specs[0]
     return rows.view(*(shape[:-1] if dtype.is_floating_point else shape), rows.shape[-1])
+
+
+class Pieces:
+    """One exchange's results, put together as its rows are computed, piece by piece.
+
+    On the CPU in fp32 the rows have the bits of the whole product as long as no piece is a single
+    row (measured with MKL on one thread); other kernels may differ in the last bit, as in a batch.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._rows = as_rows(exchange.tensors[0])
+        self._results: tuple[torch.Tensor, ...] = ()
+        self.elapsed_s = 0.0
+
+    def exchange(self, start: int, stop: int) -> Exchange:
+        """Rows ``start`` to ``stop`` as an exchange."""
+        return self._exchange._replace(tensors=(self._rows[start:stop],))
+
+    def add(self, start: int, outputs: tuple[torch.Tensor, ...]) -> None:
+        """Those rows' outputs."""
+        if not self._results:
+            rows = self._rows.shape[0]
+            self._results = tuple(output.new_empty(rows, output.shape[-1]) for output in outputs)
+        for result, output in zip(self._results, outputs, strict=True):
+            result[start : start + output.shape[0]] = output
+
+    def results(self) -> tuple[torch.Tensor, ...]:
+        """As `compute` returns them, once all rows are there."""
+        return tuple(_shaped(result, self._exchange) for result in self._results)
+
+
+def divisible(exchange: Exchange, joinable: bool) -> bool:
+    """May it be computed in `Pieces`? A lookup or a decoder's chain is too cheap for it."""
+    return joinable and exchange.op in (Op.LINEAR, Op.MATMUL)
