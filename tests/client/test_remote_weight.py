@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file, save_model
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
 import tiny
 from symbiosis import Executor, Session, connect
 from symbiosis.client.remote_weight import RemoteWeight
-from symbiosis.errors import SymbiosisError, UnsupportedOperation
+from symbiosis.errors import FetchRefused, UnsupportedOperation
 
 
 @pytest.fixture
@@ -154,20 +154,33 @@ def test_a_saved_state_dict_says_what_to_do_instead(model: PreTrainedModel) -> N
         torch.save(model.state_dict(), io.BytesIO())
 
 
-@pytest.mark.parametrize("how", ["save_pretrained", "save_file", "save_model"])
-def test_a_file_of_weights_says_what_to_do_instead(
-    model: PreTrainedModel, tmp_path: Path, how: str
+SAVES: dict[str, Callable[[PreTrainedModel, Path], object]] = {
+    "save_pretrained": lambda model, folder: model.save_pretrained(folder),
+    "save_file": lambda model, folder: save_file(model.state_dict(), folder / FILE),
+    "save_model": lambda model, folder: save_model(model, str(folder / FILE)),
+}
+FILE = "model.safetensors"
+
+
+@pytest.mark.parametrize("how", SAVES)
+def test_saving_the_whole_model_fetches_it(
+    model: PreTrainedModel, local: PreTrainedModel, tmp_path: Path, how: str
 ) -> None:
-    """And not with an empty file, which safetensors writes for tensors without a storage."""
-    file = tmp_path / "model.safetensors"
-    save = {
-        "save_pretrained": lambda: model.save_pretrained(tmp_path),
-        "save_file": lambda: save_file(model.state_dict(), file),
-        "save_model": lambda: save_model(model, str(file)),
-    }[how]
-    with pytest.raises(SymbiosisError, match="Save the adapter"):
-        save()
-    assert not file.exists()
+    """And does not write empty tensors, which safetensors takes those without a storage for."""
+    SAVES[how](model, tmp_path)
+    saved = load_file(tmp_path / FILE)
+    for name, parameter in local.named_parameters():
+        assert torch.equal(saved[name], parameter), name
+
+
+@pytest.mark.parametrize("how", SAVES)
+def test_weights_that_may_not_leave_are_not_saved(
+    serve: Callable[..., tuple[Executor, str]], tmp_path: Path, how: str
+) -> None:
+    _, url = serve(tiny.llama(), fetch="deny")
+    with connect(url) as session, pytest.raises(FetchRefused, match="saving"):
+        SAVES[how](session.model(), tmp_path)
+    assert not (tmp_path / FILE).exists()
 
 
 # Reading

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from symbiosis.client.remote_weight import ATEN, FUNCTIONS, READS, RemoteWeight, asker
-from symbiosis.errors import SymbiosisError
 from symbiosis.wire.views import View
 
 aten = torch.ops.aten
@@ -120,17 +119,10 @@ def _tolist(weight: Any) -> Any:
     return weight.fetch("tolist").tolist()
 
 
-def _storage(weight: Any) -> Any:
-    """safetensors asks for the storage before it writes one, and takes a NotImplementedError for
-    a tensor without numbers: not an UnsupportedOperation, therefore."""
-    raise SymbiosisError(weight.cannot_be_saved())
-
-
 FUNCTIONS.update(
     {
         torch.Tensor.numpy: _numpy,
         torch.Tensor.tolist: _tolist,
-        torch.Tensor.storage: _storage,
     }
 )
 
