@@ -76,6 +76,17 @@ def test_several_sequences_at_once(base: Session, rows: int) -> None:
     assert base.plan()
 
 
+def test_each_number_of_rows_is_learned_by_itself(base: Session) -> None:
+    local, model = tiny.llama(), base.model()
+    assert exchanges_per_token(base, model) == 3
+    decode(model, rows=2)
+    before = base.stats().exchanges
+    decode(model, 3, rows=2)
+    prefill = 1 + 4 * 2 + 1
+    assert base.stats().exchanges - before == prefill + 3 * 3
+    assert torch.equal(decode(model), decode(local))
+
+
 def lora(targets: list[str]) -> LoraConfig:
     return LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
 

@@ -26,6 +26,9 @@ Send = Callable[
 """(operation, weights, biases, params, tensors) → results."""
 
 
+_MOST_ROW_COUNTS = 16
+
+
 class _Siblings(NamedTuple):
     """Results that came with the first product on ``x``, for the products to follow."""
 
@@ -42,7 +45,9 @@ class Ahead:
         self._send = send
         self._groups: InputGroups[Member] = InputGroups()
         self._siblings: _Siblings | None = None
-        self.chains = Chains(vector_id)
+        self._last_input: Tensor | None = None  # alive, so that the next is not taken for it
+        self._vector_id = vector_id
+        self._chains: dict[int, Chains] = {}  # by the rows of a pass: they are learned apart
         self.grouped = 0
         """Products answered along with another, without an exchange of their own."""
 
@@ -50,7 +55,7 @@ class Ahead:
         """A LINEAR, MATMUL or EMBEDDING of ``x``, contiguous, with a whole weight."""
         if x.nbytes > MAX_INPUT_BYTES or torch.is_grad_enabled():
             return self._grouped(member, plain(x))
-        chains = self.chains
+        chains = self._chains_for(x.numel() // (1 if member[0] is Op.EMBEDDING else x.shape[-1]))
         result = chains.answer(member, plain(x))
         if result is not None:
             self.grouped += 1
@@ -64,8 +69,20 @@ class Ahead:
 
     def clear(self) -> None:
         """Drop results that wait for their products."""
-        self._siblings = None
-        self.chains.forget()
+        self._siblings = self._last_input = None
+        self._chains.clear()
+
+    def plan(self) -> list[tuple[Member, ...]]:
+        """The products of every chain that has been learned, in order."""
+        return [chain for chains in self._chains.values() for chain in chains.chains]
+
+    def _chains_for(self, rows: int) -> Chains:
+        found = self._chains.get(rows)
+        if found is None:
+            if len(self._chains) == _MOST_ROW_COUNTS:
+                self._chains.pop(next(iter(self._chains)))
+            found = self._chains[rows] = Chains(self._vector_id)
+        return found
 
     def _grouped(self, member: Member, x: Tensor) -> Tensor:
         op, weight, _, bias = member
@@ -74,6 +91,7 @@ class Ahead:
         input_key = (x.data_ptr(), x._version, x.shape, x.dtype)
         found = self._from_sibling(input_key, member)
         self._groups.observe(input_key, member)
+        self._last_input = x
         if found is not None:
             return found
         members = [m for m in self._groups.members(member) if m[0] == op]

@@ -47,6 +47,7 @@ class Chains:
         self._pause = 1
         self._wait = 0  # equal passes before the next one is traced
         self._pass: list[Member] = []
+        self._seen: set[Member] = set()  # in this pass
         self._last_pass: list[Member] = []
         self._trace: Trace | None = None
         self._events: list[Event] = []
@@ -75,6 +76,8 @@ class Chains:
             return None
         if self._answers:  # the last chain was not used up
             self._missed()
+        else:
+            self._misses = 0
         try:
             return ask, (x, *[self._kept[node] for node in ask.takes])
         except KeyError:
@@ -97,14 +100,22 @@ class Chains:
 
     def observe(self, member: Member, x: Tensor, result: Tensor) -> Tensor:
         """A product was answered; the result to hand on (watched, in a pass that is traced)."""
+        if self._asks:  # nothing to learn
+            return result
         if self._pass and member == self._pass[0]:
             self._pass_ended()
-        elif member in self._pass:
+        elif member in self._seen or (member[0] is Op.EMBEDDING and not self._begun_by_lookup):
             self._start_again()
         self._pass.append(member)
+        self._seen.add(member)
         if self._trace is None:
             return result
         return self._traced(self._trace, member, x, result)
+
+    @property
+    def _begun_by_lookup(self) -> bool:
+        """A pass begins with a lookup, where there is one, and ends with the logits."""
+        return bool(self._pass) and self._pass[0][0] is Op.EMBEDDING
 
     def forget(self) -> None:
         """Drop what was learned and what waits."""
@@ -126,6 +137,7 @@ class Chains:
     def _start_again(self) -> None:
         self._pass = []
         self._last_pass = []
+        self._seen.clear()
         self._end_trace()
 
     def _pass_ended(self) -> None:
@@ -136,13 +148,12 @@ class Chains:
                 self._pause = min(2 * self._pause, _LONGEST_PAUSE)
             self._wait = self._pause
             self._end_trace()
-        elif not self._asks and self._pass == self._last_pass:
+        elif self._pass == self._last_pass:
             self._wait -= 1
             if self._wait < 0:
                 self._trace = Trace(self._vector_id)
-        elif self._asks and not self._answers:
-            self._misses = 0
         self._last_pass, self._pass = self._pass, []
+        self._seen.clear()
 
     def _end_trace(self) -> None:
         if self._trace is not None:

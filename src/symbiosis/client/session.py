@@ -267,7 +267,7 @@ class Session:
         with self._lock:
             return [
                 [self.weights[weight].names[0] for _, weight, _, _ in chain]
-                for chain in self._ahead.chains.chains
+                for chain in self._ahead.plan()
             ]
 
     def close(self) -> None:
