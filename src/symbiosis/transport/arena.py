@@ -81,6 +81,14 @@ class _Hold(weakref.ref[memoryview]):
     room: Room
 
 
+class _Learned(NamedTuple):
+    """What came of an input of so many elements."""
+
+    elements: int
+    specs: tuple[TensorSpec, ...]
+    sizes: tuple[int, ...]  # in bytes
+
+
 class Laid(NamedTuple):
     """One exchange laid out in an arena. Its inputs' places are held as long as it lives."""
 
@@ -123,7 +131,7 @@ class Arena:
         self._free = FreeSpace(self.size_bytes)
         self._holds: dict[int, _Hold] = {}  # by start
         self._dead: deque[weakref.ref[memoryview]] = deque()
-        self._learned: dict[object, tuple[int, tuple[int, ...]]] = {}
+        self._learned: dict[object, _Learned] = {}
         self._touched = self._peak = 0  # highest ends: ever used, used since the last trim
         self._until_trim = _TRIM_EVERY
         self._kept: list[tuple[int, bytes]] = []
@@ -146,10 +154,9 @@ class Arena:
         """
         learned = self._learned.get(product)
         elements = tensors[0].numel()
-        if learned is None or not learned[0]:
-            expected: list[int] = []
-        else:
-            expected = [-(-size * elements // learned[0]) for size in learned[1]]
+        expected: list[int] = []
+        if learned is not None and learned.elements:
+            expected = [-(-size * elements // learned.elements) for size in learned.sizes]
         large = [s.num_bytes >= PLACED_BYTES and s.dtype.is_floating_point for s in specs]
         if not any(large) and all(size < PLACED_BYTES for size in expected):
             return None
@@ -179,9 +186,12 @@ class Arena:
 
     def learn(self, product: object, elements: int, specs: tuple[TensorSpec, ...]) -> None:
         """``product`` of an input of ``elements`` had these results."""
+        known = self._learned.get(product)
+        if known is not None and known[:2] == (elements, specs):
+            return
         if len(self._learned) >= _MOST_LEARNED:
             self._learned.clear()
-        self._learned[product] = elements, tuple(spec.num_bytes for spec in specs)
+        self._learned[product] = _Learned(elements, specs, tuple(s.num_bytes for s in specs))
 
     @property
     def held_bytes(self) -> int:
