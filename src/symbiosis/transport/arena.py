@@ -27,7 +27,7 @@ from symbiosis.wire.tensors import ITEM_BYTES, TensorSpec, from_payload
 
 logger = logging.getLogger(__name__)
 
-PLACED_BYTES = 32 << 10
+PLACED_BYTES = 64 << 10
 """Tensors from this size on lie in the arena; below, the socket is as fast."""
 
 MAX_ARENA_BYTES = 64 << 30
