@@ -17,6 +17,7 @@ import os
 import socket
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -143,6 +144,25 @@ class Arena:
             os.close(self.descriptor)
             self.descriptor = -1
 
+    def close(self) -> None:
+        """No more places; those that tensors see stay as they are. Idempotent."""
+        self.close_descriptor()
+        self._reclaim()
+        watched, self._holds = self._holds, {}
+        for hold in watched.values():
+            block = hold()
+            if block is not None:
+                self._hold(block, hold.room, self._forget)
+            del block
+        if self._holds:
+            _closed.add(self)
+
+    def _forget(self, hold: weakref.ref[memoryview]) -> None:
+        assert isinstance(hold, _Hold)
+        self._holds.pop(hold.room.start, None)
+        if not self._holds:
+            _closed.discard(self)
+
     def lay_out(
         self, product: object, tensors: tuple[torch.Tensor, ...], specs: tuple[TensorSpec, ...]
     ) -> Laid | None:
@@ -219,11 +239,16 @@ class Arena:
         if start is None:
             return None
         block = self._view[start : start + size]
-        hold = _Hold(block, self._dead.append)
-        hold.room = Room(start, size)
-        self._holds[start] = hold
+        self._hold(block, Room(start, size), self._dead.append)
         self._peak = max(self._peak, start + size)
         return start, block
+
+    def _hold(
+        self, block: memoryview, room: Room, when_dead: Callable[[weakref.ref[memoryview]], None]
+    ) -> None:
+        hold = _Hold(block, when_dead)
+        hold.room = room
+        self._holds[room.start] = hold
 
     def _reclaim(self) -> None:
         """Take back the places whose tensors have died, in whichever thread they did."""
@@ -247,6 +272,7 @@ class Arena:
 
 
 _forkable: weakref.WeakSet[Arena] = weakref.WeakSet()
+_closed: set[Arena] = set()  # that tensors still see; held here for `_watch_forks`
 _MAP_NORESERVE = 0x4000
 
 
