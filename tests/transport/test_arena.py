@@ -190,7 +190,7 @@ def test_the_memory_goes_with_its_last_tensor() -> None:
     arena = Arena(8 << 20)
     y = answered(arena, torch.randn(LARGE))
     wanted = y.clone()
-    arena.close_descriptor()
+    arena.close()
     del arena
     assert mapped() == before + 1
     assert torch.equal(y, wanted)
@@ -200,9 +200,14 @@ def test_the_memory_goes_with_its_last_tensor() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_childs_tensors_are_its_own(arena: Arena) -> None:
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_forked_childs_tensors_are_its_own(closed: bool) -> None:
     x = torch.randn(LARGE)
+    arena = Arena(8 << 20)
     y = answered(arena, x)
+    if closed:
+        arena.close()
+        del arena
     context = multiprocessing.get_context("fork")
     overwritten, checked = context.Event(), context.Queue()
 

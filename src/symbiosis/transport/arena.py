@@ -17,6 +17,7 @@ import os
 import socket
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from symbiosis.wire.tensors import ITEM_BYTES, TensorSpec, from_payload
 
 logger = logging.getLogger(__name__)
 
-PLACED_BYTES = 32 << 10
+PLACED_BYTES = 64 << 10
 """Tensors from this size on lie in the arena; below, the socket is as fast."""
 
 MAX_ARENA_BYTES = 64 << 30
@@ -81,6 +82,14 @@ class _Hold(weakref.ref[memoryview]):
     room: Room
 
 
+class _Learned(NamedTuple):
+    """What came of an input of so many elements."""
+
+    elements: int
+    specs: tuple[TensorSpec, ...]
+    sizes: tuple[int, ...]  # in bytes
+
+
 class Laid(NamedTuple):
     """One exchange laid out in an arena. Its inputs' places are held as long as it lives."""
 
@@ -123,7 +132,7 @@ class Arena:
         self._free = FreeSpace(self.size_bytes)
         self._holds: dict[int, _Hold] = {}  # by start
         self._dead: deque[weakref.ref[memoryview]] = deque()
-        self._learned: dict[object, tuple[int, tuple[int, ...]]] = {}
+        self._learned: dict[object, _Learned] = {}
         self._touched = self._peak = 0  # highest ends: ever used, used since the last trim
         self._until_trim = _TRIM_EVERY
         self._kept: list[tuple[int, bytes]] = []
@@ -134,6 +143,25 @@ class Arena:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+    def close(self) -> None:
+        """No more places; those that tensors see stay as they are. Idempotent."""
+        self.close_descriptor()
+        self._reclaim()
+        watched, self._holds = self._holds, {}
+        for hold in watched.values():
+            block = hold()
+            if block is not None:
+                self._hold(block, hold.room, self._forget)
+            del block
+        if self._holds:
+            _closed.add(self)
+
+    def _forget(self, hold: weakref.ref[memoryview]) -> None:
+        assert isinstance(hold, _Hold)
+        self._holds.pop(hold.room.start, None)
+        if not self._holds:
+            _closed.discard(self)
 
     def lay_out(
         self, product: object, tensors: tuple[torch.Tensor, ...], specs: tuple[TensorSpec, ...]
@@ -146,10 +174,9 @@ class Arena:
         """
         learned = self._learned.get(product)
         elements = tensors[0].numel()
-        if learned is None or not learned[0]:
-            expected: list[int] = []
-        else:
-            expected = [-(-size * elements // learned[0]) for size in learned[1]]
+        expected: list[int] = []
+        if learned is not None and learned.elements:
+            expected = [-(-size * elements // learned.elements) for size in learned.sizes]
         large = [s.num_bytes >= PLACED_BYTES and s.dtype.is_floating_point for s in specs]
         if not any(large) and all(size < PLACED_BYTES for size in expected):
             return None
@@ -179,9 +206,12 @@ class Arena:
 
     def learn(self, product: object, elements: int, specs: tuple[TensorSpec, ...]) -> None:
         """``product`` of an input of ``elements`` had these results."""
+        known = self._learned.get(product)
+        if known is not None and known[:2] == (elements, specs):
+            return
         if len(self._learned) >= _MOST_LEARNED:
             self._learned.clear()
-        self._learned[product] = elements, tuple(spec.num_bytes for spec in specs)
+        self._learned[product] = _Learned(elements, specs, tuple(s.num_bytes for s in specs))
 
     @property
     def held_bytes(self) -> int:
@@ -209,11 +239,16 @@ class Arena:
         if start is None:
             return None
         block = self._view[start : start + size]
-        hold = _Hold(block, self._dead.append)
-        hold.room = Room(start, size)
-        self._holds[start] = hold
+        self._hold(block, Room(start, size), self._dead.append)
         self._peak = max(self._peak, start + size)
         return start, block
+
+    def _hold(
+        self, block: memoryview, room: Room, when_dead: Callable[[weakref.ref[memoryview]], None]
+    ) -> None:
+        hold = _Hold(block, when_dead)
+        hold.room = room
+        self._holds[room.start] = hold
 
     def _reclaim(self) -> None:
         """Take back the places whose tensors have died, in whichever thread they did."""
@@ -237,6 +272,7 @@ class Arena:
 
 
 _forkable: weakref.WeakSet[Arena] = weakref.WeakSet()
+_closed: set[Arena] = set()  # that tensors still see; held here for `_watch_forks`
 _MAP_NORESERVE = 0x4000
 
 

@@ -233,7 +233,7 @@ class SocketChannel:
     def close(self) -> None:
         self._socket.close()
         if self._arena is not None:
-            self._arena.close_descriptor()
+            self._arena.close()
         self._arena = self._awaited.laid = None  # tensors that lie there keep the memory
 
     def _make_arena(self, arena_bytes: int) -> Arena | None:
