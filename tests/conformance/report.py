@@ -144,9 +144,15 @@ def _note(result: Result) -> str:
             notes.append(f"{title}: {_short(found['reason'])}")
         elif found and found["verdict"] == "differs":
             notes.append(DIFFERENCES.get(result["name"], f"{title}: {found['reason']}"))
-    if result["fetched_bytes"]:
-        notes.append(f"reads {result['fetched_bytes'] / 1024:.0f} KiB of its weights")
+    if read := result["fetched_bytes"]:
+        notes.append(f"reads {_kib(read)} of its {_kib(4 * result['parameters'])} of weights")
+    if read := result["fetched_for_lora_bytes"]:
+        notes.append(f"LoRA reads {_kib(read)}")
     return "; ".join(dict.fromkeys(notes))
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:.1f} KiB" if size < 10240 else f"{size / 1024:.0f} KiB"
 
 
 _ONE_AT_A_TIME = (
