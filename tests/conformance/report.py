@@ -92,7 +92,8 @@ def _head(results: list[Result]) -> list[str]:
         "products that share an input asked for together (what a session does from its second "
         "pass on); in brackets those of the layer that needs most, a layer being what the first "
         "number in a weight's name counts. *Reads* are weights that are fetched whole, once for "
-        "a session, because a model or LoRA on expert tensors does arithmetic on them.",
+        "a session, because the model, or peft's LoRA on the tensor of all experts, does "
+        "arithmetic on them; an executor that serves with `--fetch deny` refuses that.",
     ]
 
 
@@ -144,6 +145,8 @@ def _note(result: Result) -> str:
             notes.append(f"{title}: {_short(found['reason'])}")
         elif found and found["verdict"] == "differs":
             notes.append(DIFFERENCES.get(result["name"], f"{title}: {found['reason']}"))
+        elif found and found["verdict"] == "exact" and found["reason"]:
+            notes.append(f"{title}: {_short(found['reason'])}")
     if read := result["fetched_bytes"]:
         notes.append(f"reads {_kib(read)} of its {_kib(4 * result['parameters'])} of weights")
     if read := result["fetched_for_lora_bytes"]:
@@ -162,8 +165,6 @@ _ONE_AT_A_TIME = (
 DIFFERENCES = {
     "longformer/LongformerForMaskedLM": _ONE_AT_A_TIME,
     "led/LEDForConditionalGeneration": _ONE_AT_A_TIME,
-    "wavlm/WavLMForCTC": "it joins three biases into one, which is added here and not in the "
-    "executor's kernel",
 }
 """Why the bits differ, where they do."""
 
