@@ -31,7 +31,7 @@ class Op(enum.IntEnum):
 
     LINEAR = 1  # x (..., I), W (O, I) → x Wᵀ + b (..., O)
     MATMUL = 2  # x (..., I), W (I, O) → x W + b (..., O); also GPT-2's Conv1D
-    BATCHED_MATMUL = 3  # x (E, T, I), W (E, I, O) → x W (E, T, O)
+    BATCHED_MATMUL = 3  # x (E, T, I), W (E, I, O) → x W (E, T, O); or W x, see the flags in ops
     GROUPED_MATMUL = 4  # x (T, I) sorted by expert, offsets (E,) int32, W (E, I, O) → (T, O)
     EMBEDDING = 5  # ids (...) int, W (V, O) → (..., O)
     CONVOLUTION = 6  # x (N, C, ...), W, b; params: `ConvolutionParams`
