@@ -77,7 +77,8 @@ def _head(results: list[Result]) -> list[str]:
         f"{torch.__version__}, peft {peft.__version__}, float32 on a CPU. Every architecture of "
         "transformers' causal-LM mapping, and others by family: a tiny random model from a "
         "shrunken configuration, hosted by an executor on a UNIX socket and compared with the "
-        "same frozen model run whole. *input gradient* is that of the token embeddings, pixels "
+        "same frozen model run whole, its weights in allocated memory (in a mapped file they are "
+        "aligned otherwise, which changes last bits on a CPU). *input gradient* is that of the token embeddings, pixels "
         "or sound; *LoRA gradients* are those of peft's `all-linear`, in training mode; "
         "`generate()` is greedy, 6 tokens.",
         "",
@@ -116,7 +117,7 @@ def _verdicts(result: Result) -> set[str]:
 def _row(result: Result) -> str:
     kind, name = result["name"].split("/")
     if result["not_run"]:
-        cells = ["", "", "", "", "", "", f"not run: {_short(result['not_run'])}"]
+        cells = ["", "", "", "", "", "", _not_run(result)]
     else:
         cells = [_cell(result["checks"].get(check)) for check in CHECKS]
         cells += [_count(result, "naive"), _count(result, "grouped"), _note(result)]
@@ -147,11 +148,17 @@ def _note(result: Result) -> str:
             notes.append(DIFFERENCES.get(result["name"], f"{title}: {found['reason']}"))
         elif found and found["verdict"] == "exact" and found["reason"]:
             notes.append(f"{title}: {_short(found['reason'])}")
+    if not result["grouped"] and _whole(result):
+        notes.append("no exchange: it computes its weights from others, which are read once")
     if read := result["fetched_bytes"]:
         notes.append(f"reads {_kib(read)} of its {_kib(4 * result['parameters'])} of weights")
     if read := result["fetched_for_lora_bytes"]:
         notes.append(f"LoRA reads {_kib(read)}")
     return "; ".join(dict.fromkeys(notes))
+
+
+def _not_run(result: Result) -> str:
+    return f"not run: {NOT_RUN.get(result['name']) or _short(result['not_run'])}"
 
 
 def _kib(size: int) -> str:
@@ -167,6 +174,19 @@ DIFFERENCES = {
     "led/LEDForConditionalGeneration": _ONE_AT_A_TIME,
 }
 """Why the bits differ, where they do."""
+
+
+_ALL_SHARED = (
+    "cannot be built by itself in this release: its configuration demands that every layer reuses "
+    "the keys and values of another model, and its layers refuse that"
+)
+NOT_RUN = {
+    "gemma3n/Gemma3nForConditionalGeneration": "its vision tower needs the timm library, which "
+    "is not among this project's requirements; its text model is the next row",
+    "gemma4_assistant/Gemma4AssistantForCausalLM": _ALL_SHARED,
+    "gemma4_unified_assistant/Gemma4UnifiedAssistantForCausalLM": _ALL_SHARED,
+}
+"""In a sentence, why nothing could be compared."""
 
 
 def _short(reason: str) -> str:

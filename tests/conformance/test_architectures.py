@@ -5,6 +5,8 @@ The full run over all of them is ``make conformance``; this one covers every ope
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -136,8 +138,8 @@ def test_differences() -> None:
     assert difference({"x": a.int()}, {"x": a.int() + 1}).verdict == "differs"
 
 
-def test_the_section_replaces_only_itself(tmp_path: pytest.TempPathFactory) -> None:
-    document = tmp_path / "compatibility.md"  # type: ignore[operator]
+def test_the_section_replaces_only_itself(tmp_path: Path) -> None:
+    document = tmp_path / "compatibility.md"
     document.write_text(f"# Compatibility\n\nA\n\n{BEGIN}\nold\n{END}\n\nB\n")
     write(document, [])
     assert document.read_text() == f"# Compatibility\n\nA\n\n{BEGIN}\n{section([])}{END}\n\nB\n"
