@@ -78,8 +78,8 @@ def _head(results: list[Result]) -> list[str]:
         "transformers' causal-LM mapping, and others by family: a tiny random model from a "
         "shrunken configuration, hosted by an executor on a UNIX socket and compared with the "
         "same frozen model run whole, its weights in allocated memory (in a mapped file they are "
-        "aligned otherwise, which changes last bits on a CPU). *input gradient* is that of the token embeddings, pixels "
-        "or sound; *LoRA gradients* are those of peft's `all-linear`, in training mode; "
+        "aligned otherwise, which changes last bits on a CPU). *input gradient* is that of the "
+        "token embeddings, pixels or sound; *LoRA gradients* are those of peft's `all-linear`, in training mode; "
         "`generate()` is greedy, 6 tokens.",
         "",
         f"**{len(results)} architectures; {len(whole)} run whole; of these {len(exact)} run split "
