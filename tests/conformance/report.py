@@ -79,7 +79,8 @@ def _head(results: list[Result]) -> list[str]:
         "shrunken configuration, hosted by an executor on a UNIX socket and compared with the "
         "same frozen model run whole, its weights in allocated memory (in a mapped file they are "
         "aligned otherwise, which changes last bits on a CPU). *input gradient* is that of the "
-        "token embeddings, pixels or sound; *LoRA gradients* are those of peft's `all-linear`, in training mode; "
+        "token embeddings, pixels or sound; *LoRA gradients* are those of peft's `all-linear`, "
+        "in training mode; "
         "`generate()` is greedy, 6 tokens.",
         "",
         f"**{len(results)} architectures; {len(whole)} run whole; of these {len(exact)} run split "
