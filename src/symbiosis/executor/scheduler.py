@@ -209,9 +209,8 @@ class Scheduler:
             return self._aligned(heads, now_s)
         if self.policy == "lockstep":
             released_s = self._released_at(heads, now_s)
-            return (
-                self._fullest(self._in_turn(heads)) if now_s >= released_s else None
-            ), released_s
+            held = now_s < released_s
+            return None if held else self._fullest(self._in_turn(heads)), released_s
         return min(self._in_turn(heads), key=self._turn), now_s
 
     def _in_turn(self, heads: list[Request]) -> list[Request]:
