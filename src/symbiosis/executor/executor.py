@@ -44,7 +44,7 @@ class Executor:
         self,
         weights: Weights,
         *,
-        policy: Policy = "align",
+        policy: Policy = "greedy",
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
         max_payload_bytes: int = 1 << 30,
@@ -70,7 +70,7 @@ class Executor:
         *,
         dtype: torch.dtype | None = None,
         device: str = "cpu",
-        policy: Policy = "align",
+        policy: Policy = "greedy",
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
     ) -> Executor:

@@ -93,7 +93,7 @@ class Scheduler:
 
     def __init__(
         self,
-        policy: Policy = "align",
+        policy: Policy = "greedy",
         *,
         max_rows: int = 8192,
         training_share: float = 0.2,
