@@ -57,13 +57,20 @@ class Row:
     """Has it weights to train? Arrow has none: it routes between adapters trained already."""
     needs: str = ""
     """A package that peft imports for it and does not itself depend on."""
+    cuda: bool = False
+    """Does peft compute it on CUDA alone?"""
     note: str = ""
     covers: frozenset[str] = field(default_factory=frozenset)
     """Fields of its configuration that this row is there for."""
 
     @property
-    def installed(self) -> bool:
-        return not self.needs or importlib.util.find_spec(self.needs) is not None
+    def missing(self) -> str:
+        """What this machine lacks for it; empty if nothing."""
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return f"peft needs the package {self.needs} for it"
+        if self.cuda and not torch.cuda.is_available():
+            return "peft computes it on CUDA alone"
+        return ""
 
     def config(self, subject: Subject) -> PeftConfig:
         kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.peft_type)]

@@ -124,7 +124,7 @@ def _number(sentence: str, notes: dict[str, int]) -> int:
 
 
 def _summary(outcomes: Sequence[Outcome]) -> str:
-    kinds = ("exact", "differs", "refused", "fails", "plain peft cannot", "not installed")
+    kinds = ("exact", "differs", "refused", "fails", "plain peft cannot", "not tried")
     counts = {kind: sum(o.verdict == kind for o in outcomes) for kind in kinds}
     told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     later = sum(o.fetches_later for o in outcomes)
