@@ -136,8 +136,16 @@ def _bd(subject: Subject) -> BdLoraConfig:
 
 LORA_ROWS: tuple[Row, ...] = (
     _lora("LoRA", covers="r target_modules lora_alpha task_type fan_in_fan_out"),
-    _lora("LoRA, all linear", target_modules="all-linear"),
-    _lora("LoRA, head and embedding", target_modules=lambda s: ["lm_head", s.embedding]),
+    _lora(
+        "LoRA, all linear",
+        target_modules="all-linear",
+        note="in a mixture of experts peft counts the experts in, see `target_parameters`",
+    ),
+    _lora(
+        "LoRA, head and embedding",
+        target_modules=lambda s: ["lm_head", s.embedding],
+        note="`save_pretrained(..., save_embedding_layers=False)` fetches nothing",
+    ),
     _lora("LoRA, dropout", lora_dropout=0.2),
     _lora("LoRA, biases", bias="all"),
     _lora("LoRA, `lora_bias`", lora_bias=True),

@@ -137,7 +137,8 @@ def test_the_table() -> None:
         ),
         ("SHiRA", "Llama"): Outcome("SHiRA", "Llama", "plain peft cannot", "TypeError: no | way"),
     }
-    page, summary = render(rows, outcomes, {"LoRA": "", "LoRA, DoRA": "FetchRefused: no"}, STEPS)
+    refusals = {("LoRA", "Llama"): "", ("LoRA, DoRA", "Llama"): "FetchRefused: no"}
+    page, summary = render(rows, outcomes, refusals, STEPS)
     assert "| LoRA | LORA | exact | 0 | 0 | works |  |" in page
     assert "| LoRA, DoRA | LORA | differs by 2e-06 | 6 + 0 + 0 + 0 | 0 | refused (1) |  |" in page
     assert "| SHiRA | SHIRA | plain peft cannot (2) |" in page
