@@ -23,7 +23,7 @@ from conformance.methods_models import SUBJECTS
 from conformance.methods_others import OTHER_ROWS
 from conformance.methods_trial import STEPS, Outcome, bench, try_method, try_without_fetch
 
-_FAULTS = ("refused", "fails")
+_FAULTS = ("refused", "fails", "idle")
 
 
 def main(names: list[str]) -> int:

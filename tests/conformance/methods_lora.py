@@ -34,10 +34,16 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import PreTrainedModel
 
 from conformance.methods_models import Subject
-from conformance.methods_rows import Apply, Options, Row, as_it_is, batch, calibrate, plainly
-
-FIRST_TOKENS = [int(id) for id in batch(1)[0, 3:5]]
-"""Tokens that occur in the batches, for aLoRA's invocation."""
+from conformance.methods_rows import (
+    MARKED,
+    Apply,
+    Options,
+    Row,
+    as_it_is,
+    batch,
+    calibrate,
+    plainly,
+)
 
 
 def _lora(
@@ -188,7 +194,7 @@ LORA_ROWS: tuple[Row, ...] = (
     _lora("LoRA, VeLoRA", velora_config=lambda s: VeloraConfig(num_groups=4)),
     _lora("LoRA, MonteCLoRA", monteclora_config=lambda s: MontecloraConfig(num_samples=2)),
     _lora("LoRA, BD-LoRA", use_bdlora=_bd),
-    _lora("LoRA, aLoRA", alora_invocation_tokens=lambda s: FIRST_TOKENS),
+    _lora("LoRA, aLoRA", alora_invocation_tokens=MARKED),
     _lora(
         "LoRA, Arrow",
         arrow_config=lambda s: ArrowConfig(top_k=1, use_gks=True, rng_seed=0),
@@ -196,7 +202,12 @@ LORA_ROWS: tuple[Row, ...] = (
         trains=False,
         note="routes between adapters that are trained already: outputs only",
     ),
-    _lora("LoRA, QALoRA", use_qalora=True, qalora_group_size=4),
+    _lora(
+        "LoRA, QALoRA",
+        use_qalora=True,
+        qalora_group_size=4,
+        note="peft has it for GPTQ layers alone: on these models it is LoRA",
+    ),
     _lora(
         "LoRA, `target_parameters`",
         target_modules=[],
@@ -210,7 +221,7 @@ LORA_ROWS: tuple[Row, ...] = (
     _lora("LoRA, some layers", layers_to_transform=[1], layers_pattern=lambda s: s.blocks),
     _lora("LoRA, `exclude_modules`", exclude_modules=lambda s: [s.targets[1]]),
     _lora("LoRA, `layer_replication`", layer_replication=[(0, 2), (1, 2)]),
-    _lora("LoRA, `trainable_token_indices`", trainable_token_indices=[5, 9]),
+    _lora("LoRA, `trainable_token_indices`", trainable_token_indices=MARKED),
     _lora(
         "LoRA, tied weights kept tied",
         modules_to_save=lambda s: [s.embedding],

@@ -81,8 +81,15 @@ class Row:
         return kind(**options)
 
 
+MARKED = [5, 9]
+"""Tokens that stand side by side in every sequence, for methods that attend to some of them."""
+
+
 def batch(seed: int) -> Tensor:
-    return tiny.tokens(rows=2, length=9, seed=seed)
+    """Token ids (2, 9)."""
+    ids = tiny.tokens(rows=2, length=9, seed=seed)
+    ids[:, 3:5] = torch.tensor(MARKED)
+    return ids
 
 
 def on_targets(**options: Any) -> Callable[[Subject], Options]:

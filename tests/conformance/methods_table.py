@@ -32,11 +32,11 @@ peft {peft}, transformers {transformers}, torch {torch}. {methods} methods on {m
 random, hosted by an executor behind a socket, against plain peft on the same model whole: initial
 weights, outputs, the gradient of every trainable weight, one and {steps} AdamW steps, and the
 outputs after `save_pretrained` and loading in plain peft. **exact**: every one of them is equal
-bit for bit.
+bit for bit. **plain peft cannot**: it raises on the model whole, with the sentence below.
 
-- *fetched*: whole weights read from the executor by the first model's client: when the method is applied
-  + in the first training step + in each later one + on saving. A step never fetches what an
-  earlier one has: what was fetched stays in the client's memory.
+- *fetched*: whole weights that the client of the first model reads from the executor: when the
+  method is applied + in the first training step + in all later ones + on saving. No step fetches
+  what an earlier one has: what was fetched stays in the client's memory.
 - *kept*: those weights, as a share of the hosted base.
 - *no fetch*: does it work where the executor keeps its weights (`--fetch deny`)? Where it does
   not, it is refused with a sentence that names the weight and what in peft reads it.
@@ -146,7 +146,7 @@ def _number(sentence: str, notes: dict[str, int]) -> int:
 
 
 def _summary(outcomes: Sequence[Outcome]) -> str:
-    kinds = ("exact", "differs", "refused", "fails", "plain peft cannot", "not tried")
+    kinds = ("exact", "differs", "refused", "fails", "idle", "plain peft cannot", "not tried")
     counts = {kind: sum(o.verdict == kind for o in outcomes) for kind in kinds}
     told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     later = sum(o.fetches_later for o in outcomes)

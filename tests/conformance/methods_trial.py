@@ -54,7 +54,7 @@ class Outcome:
     model: str
     verdict: str
     """``exact``, ``differs``, ``plain peft cannot``, ``refused`` (by a sentence of ours),
-    ``fails`` or ``not tried``."""
+    ``fails``, ``not tried``, or ``idle`` (a trial that would prove nothing)."""
     detail: str = ""
     differences: dict[str, float] = field(default_factory=dict)
     """Largest relative difference of each stage that is not bit-equal."""
@@ -112,6 +112,8 @@ def try_method(row: Row, bench: Bench) -> Outcome:
             whole = run(row, bench, subject.build(), None, Path(folder) / "whole")
         except Exception as error:  # noqa: BLE001 (whatever it is, is its entry)
             return Outcome(row.name, subject.title, "plain peft cannot", sentence(error))
+        if row.trains and (still := _without_gradient(whole)):
+            return Outcome(row.name, subject.title, "idle", f"no gradient for {still[0]}")
         try:
             with bench.connect() as session:
                 split = run(row, bench, session.model(), session, Path(folder) / "split")
@@ -120,6 +122,12 @@ def try_method(row: Row, bench: Bench) -> Outcome:
         except Exception as error:  # noqa: BLE001 (likewise)
             return Outcome(row.name, subject.title, "fails", sentence(error))
     return _compared(row, bench, whole, split)
+
+
+def _without_gradient(trace: Trace) -> list[str]:
+    """Trained weights whose gradient is nothing but zeros: the trial would prove nothing."""
+    gradients = {n: v for n, v in trace.tensors.items() if n.startswith("gradients")}
+    return [n for n, v in gradients.items() if not v.any()] if gradients else ["any weight"]
 
 
 def try_without_fetch(row: Row, bench: Bench) -> str:
