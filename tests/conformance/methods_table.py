@@ -39,7 +39,9 @@ bit for bit. **plain peft cannot**: it raises on the model whole, with the sente
   what an earlier one has: what was fetched stays in the client's memory.
 - *kept*: those weights, as a share of the hosted base.
 - *no fetch*: does it work where the executor keeps its weights (`--fetch deny`)? Where it does
-  not, it is refused with a sentence that names the weight and what in peft reads it.
+  not, it is refused: "*what reads it* needs the whole of *weight*, and this executor does not
+  hand out weights; choose a method that does not read them, or ask the operator to serve with
+  --fetch allow". What reads it stands below.
 
 {summary}
 """
@@ -141,7 +143,8 @@ def _remarks(row: Row, of_row: Sequence[Outcome]) -> list[str]:
 
 
 def _number(sentence: str, notes: dict[str, int]) -> int:
-    general = re.sub(r" of (model|transformer)\.[\w.]+", " of a weight", sentence)
+    general = re.sub(r" (model|transformer)\.[\w.]+", " a weight", sentence)
+    general = re.sub(r"^FetchRefused: (.*) needs the whole of .*", r"\1", general)
     return notes.setdefault(general.replace("|", "\\|"), len(notes) + 1)
 
 
