@@ -23,7 +23,7 @@ from conformance.methods_models import SUBJECTS
 from conformance.methods_others import OTHER_ROWS
 from conformance.methods_trial import STEPS, Outcome, bench, try_method, try_without_fetch
 
-_FAULTS = ("refused", "fails")
+_FAULTS = ("refused", "fails", "idle")
 
 
 def main(names: list[str]) -> int:
@@ -31,15 +31,14 @@ def main(names: list[str]) -> int:
     started_s = time.monotonic()
     rows = [row for row in (*LORA_ROWS, *OTHER_ROWS) if _wanted(row.name, names)]
     outcomes: dict[tuple[str, str], Outcome] = {}
-    without_fetch: dict[str, str] = {}
+    without_fetch: dict[tuple[str, str], str] = {}
     for subject in SUBJECTS.values():
         with bench(subject) as opened:
             for row in rows:
                 outcome = try_method(row, opened)
                 outcomes[row.name, subject.title] = outcome
-                ran = outcome.verdict in ("exact", "differs")
-                if ran and row.name not in without_fetch:
-                    without_fetch[row.name] = try_without_fetch(row, opened)
+                if outcome.verdict in ("exact", "differs"):
+                    without_fetch[row.name, subject.title] = try_without_fetch(row, opened)
                 print(_line(outcome), flush=True)
     if names:
         return _code(outcomes)

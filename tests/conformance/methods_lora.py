@@ -34,10 +34,16 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import PreTrainedModel
 
 from conformance.methods_models import Subject
-from conformance.methods_rows import Apply, Options, Row, as_it_is, batch, calibrate, plainly
-
-FIRST_TOKENS = [int(id) for id in batch(1)[0, 3:5]]
-"""Tokens that occur in the batches, for aLoRA's invocation."""
+from conformance.methods_rows import (
+    MARKED,
+    Apply,
+    Options,
+    Row,
+    as_it_is,
+    batch,
+    calibrate,
+    plainly,
+)
 
 
 def _lora(
@@ -47,6 +53,7 @@ def _lora(
     before_loading: Callable[[PreTrainedModel, PeftConfig], None] = as_it_is,
     trains: bool = True,
     needs: str = "",
+    cuda: bool = False,
     note: str = "",
     covers: str = "",
     **options: Any,
@@ -63,6 +70,7 @@ def _lora(
         before_loading=before_loading,
         trains=trains,
         needs=needs,
+        cuda=cuda,
         note=note,
         covers=frozenset({*options, *covers.split()}),
     )
@@ -134,8 +142,16 @@ def _bd(subject: Subject) -> BdLoraConfig:
 
 LORA_ROWS: tuple[Row, ...] = (
     _lora("LoRA", covers="r target_modules lora_alpha task_type fan_in_fan_out"),
-    _lora("LoRA, all linear", target_modules="all-linear"),
-    _lora("LoRA, head and embedding", target_modules=lambda s: ["lm_head", s.embedding]),
+    _lora(
+        "LoRA, all linear",
+        target_modules="all-linear",
+        note="in a mixture of experts peft counts the experts in, see `target_parameters`",
+    ),
+    _lora(
+        "LoRA, head and embedding",
+        target_modules=lambda s: ["lm_head", s.embedding],
+        note="`save_pretrained(..., save_embedding_layers=False)` fetches nothing",
+    ),
     _lora("LoRA, dropout", lora_dropout=0.2),
     _lora("LoRA, biases", bias="all"),
     _lora("LoRA, `lora_bias`", lora_bias=True),
@@ -167,12 +183,18 @@ LORA_ROWS: tuple[Row, ...] = (
         lora_ga_config=lambda s: LoraGAConfig(),
         apply=_with_loraga,
     ),
-    _lora("LoRA, LoftQ", init_lora_weights="loftq", loftq_config=_loftq, needs="bitsandbytes"),
+    _lora(
+        "LoRA, LoftQ",
+        init_lora_weights="loftq",
+        loftq_config=_loftq,
+        needs="bitsandbytes",
+        cuda=True,
+    ),
     _lora("LoRA, KaSA", kasa_config=lambda s: KasaConfig()),
     _lora("LoRA, VeLoRA", velora_config=lambda s: VeloraConfig(num_groups=4)),
     _lora("LoRA, MonteCLoRA", monteclora_config=lambda s: MontecloraConfig(num_samples=2)),
     _lora("LoRA, BD-LoRA", use_bdlora=_bd),
-    _lora("LoRA, aLoRA", alora_invocation_tokens=lambda s: FIRST_TOKENS),
+    _lora("LoRA, aLoRA", alora_invocation_tokens=MARKED),
     _lora(
         "LoRA, Arrow",
         arrow_config=lambda s: ArrowConfig(top_k=1, use_gks=True, rng_seed=0),
@@ -180,7 +202,12 @@ LORA_ROWS: tuple[Row, ...] = (
         trains=False,
         note="routes between adapters that are trained already: outputs only",
     ),
-    _lora("LoRA, QALoRA", use_qalora=True, qalora_group_size=4),
+    _lora(
+        "LoRA, QALoRA",
+        use_qalora=True,
+        qalora_group_size=4,
+        note="peft has it for GPTQ layers alone: on these models it is LoRA",
+    ),
     _lora(
         "LoRA, `target_parameters`",
         target_modules=[],
@@ -194,7 +221,7 @@ LORA_ROWS: tuple[Row, ...] = (
     _lora("LoRA, some layers", layers_to_transform=[1], layers_pattern=lambda s: s.blocks),
     _lora("LoRA, `exclude_modules`", exclude_modules=lambda s: [s.targets[1]]),
     _lora("LoRA, `layer_replication`", layer_replication=[(0, 2), (1, 2)]),
-    _lora("LoRA, `trainable_token_indices`", trainable_token_indices=[5, 9]),
+    _lora("LoRA, `trainable_token_indices`", trainable_token_indices=MARKED),
     _lora(
         "LoRA, tied weights kept tied",
         modules_to_save=lambda s: [s.embedding],

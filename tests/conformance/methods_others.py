@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conformance.methods_models import Subject
-from conformance.methods_rows import Options, Row, on_square, on_targets
+from conformance.methods_rows import MARKED, Options, Row, on_square, on_targets
 
 
 def _tasks(ids: Tensor) -> dict[str, Any]:
@@ -86,7 +86,7 @@ OTHER_ROWS: tuple[Row, ...] = (
     Row(
         "Trainable tokens",
         "TRAINABLE_TOKENS",
-        lambda s: {"target_modules": [s.embedding], "token_indices": [5, 9]},
+        lambda s: {"target_modules": [s.embedding], "token_indices": MARKED},
     ),
     Row("HiRA", "HIRA", on_targets(r=4)),
     Row("SHiRA", "SHIRA", on_targets(r=4, random_seed=3)),

@@ -57,13 +57,20 @@ class Row:
     """Has it weights to train? Arrow has none: it routes between adapters trained already."""
     needs: str = ""
     """A package that peft imports for it and does not itself depend on."""
+    cuda: bool = False
+    """Does peft compute it on CUDA alone?"""
     note: str = ""
     covers: frozenset[str] = field(default_factory=frozenset)
     """Fields of its configuration that this row is there for."""
 
     @property
-    def installed(self) -> bool:
-        return not self.needs or importlib.util.find_spec(self.needs) is not None
+    def missing(self) -> str:
+        """What this machine lacks for it; empty if nothing."""
+        if self.needs and importlib.util.find_spec(self.needs) is None:
+            return f"peft needs the package {self.needs} for it"
+        if self.cuda and not torch.cuda.is_available():
+            return "peft computes it on CUDA alone"
+        return ""
 
     def config(self, subject: Subject) -> PeftConfig:
         kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.peft_type)]
@@ -74,8 +81,15 @@ class Row:
         return kind(**options)
 
 
+MARKED = [5, 9]
+"""Tokens that stand side by side in every sequence, for methods that attend to some of them."""
+
+
 def batch(seed: int) -> Tensor:
-    return tiny.tokens(rows=2, length=9, seed=seed)
+    """Token ids (2, 9)."""
+    ids = tiny.tokens(rows=2, length=9, seed=seed)
+    ids[:, 3:5] = torch.tensor(MARKED)
+    return ids
 
 
 def on_targets(**options: Any) -> Callable[[Subject], Options]:

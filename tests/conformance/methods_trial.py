@@ -6,7 +6,6 @@ values, train, save, load in plain peft. What differs is where the frozen weight
 
 from __future__ import annotations
 
-import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from symbiosis import Executor, Session, connect
 from symbiosis.errors import SymbiosisError
 from symbiosis.executor.weights import Weights
 
-STEPS = 4
+STEPS = 3
 """Training steps; from the second on a fetch is a fault."""
 
 
@@ -55,7 +54,7 @@ class Outcome:
     model: str
     verdict: str
     """``exact``, ``differs``, ``plain peft cannot``, ``refused`` (by a sentence of ours),
-    ``fails`` or ``not installed``."""
+    ``fails``, ``not tried``, or ``idle`` (a trial that would prove nothing)."""
     detail: str = ""
     differences: dict[str, float] = field(default_factory=dict)
     """Largest relative difference of each stage that is not bit-equal."""
@@ -106,13 +105,15 @@ def bench(subject: Subject) -> Iterator[Bench]:
 def try_method(row: Row, bench: Bench) -> Outcome:
     """Whole, then split; the difference."""
     subject = bench.subject
-    if not row.installed:
-        return Outcome(row.name, subject.title, "not installed", f"peft needs {row.needs} for it")
+    if row.missing:
+        return Outcome(row.name, subject.title, "not tried", row.missing)
     with _quiet(), TemporaryDirectory() as folder:
         try:
             whole = run(row, bench, subject.build(), None, Path(folder) / "whole")
         except Exception as error:  # noqa: BLE001 (whatever it is, is its entry)
             return Outcome(row.name, subject.title, "plain peft cannot", sentence(error))
+        if row.trains and (still := _without_gradient(whole)):
+            return Outcome(row.name, subject.title, "idle", f"no gradient for {still[0]}")
         try:
             with bench.connect() as session:
                 split = run(row, bench, session.model(), session, Path(folder) / "split")
@@ -121,6 +122,12 @@ def try_method(row: Row, bench: Bench) -> Outcome:
         except Exception as error:  # noqa: BLE001 (likewise)
             return Outcome(row.name, subject.title, "fails", sentence(error))
     return _compared(row, bench, whole, split)
+
+
+def _without_gradient(trace: Trace) -> list[str]:
+    """Trained weights whose gradient is nothing but zeros: the trial would prove nothing."""
+    gradients = {n: v for n, v in trace.tensors.items() if n.startswith("gradients")}
+    return [n for n, v in gradients.items() if not v.any()] if gradients else ["any weight"]
 
 
 def try_without_fetch(row: Row, bench: Bench) -> str:
@@ -171,8 +178,9 @@ def vary(tuned: torch.nn.Module) -> None:
 def _train(row: Row, tuned: PeftModel, trace: Trace, session: Session | None) -> None:
     optimizer = torch.optim.AdamW([p for _, p in _trainable(tuned)], lr=1e-3)
     tuned.train()
+    first = 0
     for step in range(STEPS):
-        fetches, exchanges = _fetches(session), _exchanges(session)
+        exchanges = _exchanges(session)
         torch.manual_seed(10 + step)  # dropout and sampling
         ids = batch(step)
         optimizer.zero_grad()
@@ -189,10 +197,10 @@ def _train(row: Row, tuned: PeftModel, trace: Trace, session: Session | None) ->
         if step == 0:
             for name, parameter in _trainable(tuned):
                 trace.keep("one optimizer step", name, parameter)
-            trace.fetches_first_step = _fetches(session) - fetches
-        else:
-            trace.fetches_later += _fetches(session) - fetches
+            first = _fetches(session)
         trace.exchanges_per_step = _exchanges(session) - exchanges
+    trace.fetches_first_step = first - trace.fetches_start
+    trace.fetches_later = _fetches(session) - first
     for name, parameter in _trainable(tuned):
         trace.keep(f"{STEPS} optimizer steps", name, parameter)
 
@@ -232,7 +240,7 @@ def _train_experts(subject: Subject, folder: Path) -> None:
         torch.manual_seed(20 + seed)
         config = LoraConfig(
             r=4,
-            target_modules=list(subject.targets),
+            target_modules=list(subject.targets[:2]),
             init_lora_weights=False,
             fan_in_fan_out=subject.conv1d,
             task_type="CAUSAL_LM",
@@ -310,4 +318,3 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        gc.collect()

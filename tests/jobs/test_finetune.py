@@ -165,13 +165,18 @@ def test_training_lowers_the_loss(make: Make) -> None:
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("lora", {"r": 4, "lora_dropout": 0.1}), ("p-tuning", {"num_virtual_tokens": 5})],
+    [
+        ("lora", {"r": 4, "lora_dropout": 0.1}),
+        ("p-tuning", {"num_virtual_tokens": 5}),
+        ("adalora", {"init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 4, "deltaT": 2}),
+    ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(
     make: Make, method: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     """In the middle of an epoch, with dropout, between checkpoints; p-tuning's own files leave
-    out its encoder. 18 examples in batches of 3 are 6 steps per epoch."""
+    out its encoder, AdaLoRA's how important each rank was (its ranks are settled at step 12).
+    18 examples in batches of 3 are 6 steps per epoch."""
     common = {"method": method, "options": options, "steps": 16, "save_steps": 4, "warmup_steps": 2}
     whole = make(**common, out=tmp_path / "whole")
     finetune.run(whole)
@@ -347,5 +352,12 @@ def test_an_executor_that_keeps_its_weights(make: Make, model_folder: Path, tmp_
     with symbiosis.Executor(weights, fetch="deny") as executor:
         (url,) = executor.listen([f"unix://{tmp_path}/deny.sock"])
         assert finetune.run(make(base=url, steps=1)).fetched_bytes == 0
-        with pytest.raises(FetchRefused, match="--fetch allow"):
+        with pytest.raises(
+            FetchRefused,
+            match=r"^lora with use_dora=True cannot be used with this executor: .*"
+            r"\(peft\.tuners\.lora\.dora\) needs the whole of .*--fetch allow",
+        ):
             finetune.run(make(base=url, method="dora", out=tmp_path / "dora"))
+        pissa = make(base=url, options={"init_lora_weights": "pissa"}, out=tmp_path / "pissa")
+        with pytest.raises(FetchRefused, match=r"^lora with init_lora_weights=pissa cannot be"):
+            finetune.run(pissa)

@@ -91,7 +91,7 @@ def test_options_that_peft_refuses() -> None:
 
 def test_methods_that_texts_cannot_train() -> None:
     for name in ("poly", "multitask-prompt-tuning", "xlora"):
-        with pytest.raises(MethodError, match=f"{name} cannot be used: it "):
+        with pytest.raises(MethodError, match=rf"{name} cannot be used: it .*session\.model\(\)"):
             resolve(name)
 
 

@@ -2,8 +2,7 @@
 
 The order of things is the promise: method, data and folder are checked first, then the executor
 is asked, and only then is a model built. The same specification gives the same adapter, bit for
-bit, interrupted and resumed or not, on one machine and number of threads. (AdaLoRA is the
-exception when resumed: it keeps statistics that peft does not save.)
+bit, interrupted and resumed or not, on one machine and number of threads.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from symbiosis.errors import MethodError
+from symbiosis.errors import FetchRefused, MethodError
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -64,13 +64,21 @@ _LEARNING_RATES = {
 _LEARNING_RATE = 2e-4
 
 _OUT_OF_REACH = {
-    "POLY": "it wants a task number with every example, and data sets here have none",
-    "MULTITASK_PROMPT_TUNING": (
-        "it wants a task number with every example, and data sets here have none"
+    "POLY": (
+        "it wants a task number with every example, and data sets here have none; in a training "
+        "loop of your own, peft runs it on session.model()"
     ),
-    "XLORA": "it mixes adapters that are trained already; train them with lora",
+    "MULTITASK_PROMPT_TUNING": (
+        "it wants a task number with every example, and data sets here have none; in a training "
+        "loop of your own, peft runs it on session.model()"
+    ),
+    "XLORA": (
+        "it mixes adapters that are trained already; train them with lora, then mix them with "
+        "peft on session.model()"
+    ),
 }
-"""Methods of peft that a data set of texts cannot train."""
+"""Methods of peft that a data set of texts cannot train; they work on a hosted base all the same
+(docs/compatibility.md)."""
 
 _OURS = {
     "peft_type",
@@ -94,6 +102,16 @@ class Method:
     options: Options
 
     @property
+    def name(self) -> str:
+        """For people: ``lora with use_dora=True``; the choice of variant is part of the name."""
+        chosen = [
+            f"{key}={value}"
+            for key, value in self.options.items()
+            if key.startswith(("use_", "init_")) and isinstance(value, (bool, str))
+        ]
+        return friendly(self.peft_type) + (f" with {', '.join(chosen)}" if chosen else "")
+
+    @property
     def learning_rate(self) -> float:
         """What to use when the user does not say."""
         return _LEARNING_RATES.get(self.peft_type, _LEARNING_RATE)
@@ -107,14 +125,17 @@ class Method:
         return _built(self.peft_type, options)
 
     def apply(self, model: PreTrainedModel, *, steps: int) -> PeftModel:
-        """Wrap ``model``, in place as peft does it. Raises MethodError with peft's reason."""
+        """Wrap ``model``, in place as peft does it. Raises MethodError with peft's reason, and
+        FetchRefused if the method reads weights that the executor keeps to itself."""
         from peft import get_peft_model
 
         try:
             return get_peft_model(model, self.config(steps=steps))
+        except FetchRefused as error:
+            raise FetchRefused(f"{self.name} cannot be used with this executor: {error}") from error
         except _BUILD_FAILURES as error:
             raise MethodError(
-                f"{friendly(self.peft_type)} cannot be applied to {type(model).__name__}: {error}"
+                f"{self.name} cannot be applied to {type(model).__name__}: {error}"
             ) from error
 
 

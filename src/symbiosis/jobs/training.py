@@ -2,19 +2,22 @@
 
 Moves no weights and saves none but the adapter's; evaluates without touching the training's
 random numbers, so that how often one looks never changes the result. Checkpoints hold every
-trainable tensor: peft's own files leave out what only training needs (the encoder of p-tuning).
+trainable tensor: peft's own files leave out what only training needs (the encoder of p-tuning,
+AdaLoRA's measure of importance).
 Knows Trainer and peft models; knows no sessions and no data files.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 _TRAINABLE = "trainable.safetensors"
+_RANKS = "ranks.safetensors"
 
 OnProgress = Callable[[Progress], None]
 
@@ -104,6 +108,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             if parameter.requires_grad
         }
         save_file(trainable, folder / _TRAINABLE)
+        if (allocator := _rank_allocator(self.model)) is not None:
+            _save_ranks(self.model, allocator, folder / _RANKS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / _TRAINABLE)
@@ -113,6 +119,8 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad():
             for name, parameter in trainable.items():
                 parameter.copy_(saved[name])
+        if (allocator := _rank_allocator(self.model)) is not None:
+            _load_ranks(self.model, allocator, Path(resume_from_checkpoint) / _RANKS)
 
 
 class ProgressReporter(TrainerCallback):  # type: ignore[misc]
@@ -174,6 +182,37 @@ class ProgressReporter(TrainerCallback):  # type: ignore[misc]
         if not self._steps_run:
             return None
         return round(self.train_s / self._steps_run * steps_left, 1)
+
+
+_IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+"""What AdaLoRA's allocator has learned of each weight, by parameter name; peft does not save it."""
+
+
+def _rank_allocator(model: Any) -> Any:
+    return getattr(getattr(model, "base_model", None), "rankallocator", None)
+
+
+def _rank_config(model: Any) -> Any:
+    return model.peft_config[model.base_model.trainable_adapter_name]
+
+
+def _save_ranks(model: Any, allocator: Any, file: Path) -> None:
+    importance = {
+        f"{kind}/{name}": value.detach().cpu().contiguous()
+        for kind in _IMPORTANCE
+        for name, value in getattr(allocator, kind).items()
+    }
+    save_file(importance, file, {"rank_pattern": json.dumps(_rank_config(model).rank_pattern)})
+
+
+def _load_ranks(model: Any, allocator: Any, file: Path) -> None:
+    device = next(p.device for p in model.parameters() if p.requires_grad)
+    allocator.reset_ipt()
+    with safe_open(file, framework="pt") as saved:
+        _rank_config(model).rank_pattern = json.loads(saved.metadata()["rank_pattern"])
+        for key in saved.keys():  # noqa: SIM118 (no mapping)
+            kind, name = key.split("/", 1)
+            getattr(allocator, kind)[name] = saved.get_tensor(key).to(device)
 
 
 class _RankBudget(TrainerCallback):  # type: ignore[misc]
