@@ -6,6 +6,7 @@ on standard input, outcomes JSON lines on standard output; the end of input ends
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import sys
@@ -50,16 +51,22 @@ class Work:
         self._optimizer = torch.optim.AdamW(trainable, 1e-4)
         return {"trainable": sum(p.numel() for p in trainable)}
 
-    def decode(self, tokens: int, context: int) -> dict[str, Any]:
-        """Greedy decoding after a prompt; tokens/s of the decoding alone."""
+    def decode(self, tokens: int, context: int, pause_s: float = 0.0) -> dict[str, Any]:
+        """Greedy decoding after a prompt; tokens/s of the decoding alone, and the times between
+        tokens. ``pause_s``: rest after each, as for a reader."""
         model = self._adapted or self._model
+        model.eval()
+        ends_s = []
         with torch.no_grad():
             out = model(self._ids(1, context), use_cache=True, logits_to_keep=1)
             started_s = time.perf_counter()
             for _ in range(tokens):
                 token = out.logits[:, -1:].argmax(-1)
                 out = model(token, past_key_values=out.past_key_values, use_cache=True)
-        return self._rate(tokens, started_s)
+                ends_s.append(time.perf_counter())
+                time.sleep(pause_s)
+        gaps_ms = [1e3 * (b - a) for a, b in itertools.pairwise(ends_s)]
+        return {**self._rate(tokens, started_s), "gaps_ms": gaps_ms}
 
     def prefill(self, context: int) -> dict[str, Any]:
         """One forward pass over a prompt, logits of its last token."""
@@ -100,11 +107,14 @@ class Work:
 def main() -> None:
     source, threads, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(threads)
-    work = Work(source, seed)
+    works = {source: Work(source, seed)}
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         command = json.loads(line)
-        outcome = getattr(work, command.pop("do"))(**command)
+        at = command.pop("at", source)  # another executor, for one command
+        if at not in works:
+            works[at] = Work(at, seed)
+        outcome = getattr(works[at], command.pop("do"))(**command)
         print(json.dumps(outcome), flush=True)
 
 

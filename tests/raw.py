@@ -70,7 +70,7 @@ def exchange_meta(
     """The meta section of an EXCHANGE frame with one tensor."""
     ids = (*weights, *(biases or (0,) * len(weights)))
     return (
-        struct.pack("<BBBBB", op, priority, len(weights), len(recipe), len(params))
+        struct.pack("<BBBBH", op, priority, len(weights), len(recipe), len(params))
         + struct.pack(f"<{len(ids)}I{len(recipe) + len(params)}q", *ids, *recipe, *params)
         + struct.pack(f"<BBB{len(shape)}I", 1, dtype, len(shape), *shape)
     )

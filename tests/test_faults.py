@@ -59,7 +59,7 @@ class Base:
                 (number,) = weight(self.executor, name)
                 expected = F.linear(x, self.model.get_parameter(f"model.layers.{name}"))
                 found = session.product(Op.LINEAR, x, number, (), NO_BIAS, forward=True)
-                assert torch.equal(found, expected)
+                torch.testing.assert_close(found, expected)  # a batch may be shared with the dying
             for _ in range(500):
                 if len(clients_of(session)) == 1:
                     return

@@ -17,19 +17,36 @@ def connect(
     *,
     name: str | None = None,
     priority: PriorityName = "auto",
+    weight: float = 1.0,
+    deadline_ms: float | None = None,
     timeout_s: float = 10.0,
+    arena_bytes: int = 4 << 30,
 ) -> Session:
     """Open a session with the executor at ``base``.
 
     ``base`` is ``unix:///path.sock``, ``tcp://host:port``, or an `Executor` of this process.
     ``name`` is what ``symbiosis status`` shows. ``priority`` says whether a person waits for the
     answers (``interactive``) or a training loop does (``training``); ``auto`` decides for each
-    exchange by whether gradients are recorded. ``timeout_s`` bounds connecting.
+    exchange by whether gradients are recorded. Among clients of one priority, this one's turn
+    comes as if it had waited ``weight`` times as long (0.1 to 10). The executor holds none of its
+    exchanges for others beyond ``deadline_ms`` after arrival (0: never holds them).
+    ``timeout_s`` bounds connecting. ``arena_bytes`` is the address space that is shared with an
+    executor behind a UNIX socket, for large tensors; memory is taken as it is used, and 0 sends
+    everything through the socket.
 
     Raises ConnectionFailed, ProtocolError.
     """
     if not isinstance(base, str):
-        return Session(base.open_channel, "inproc", name=name, priority=priority)
+        return Session(
+            base.open_channel,
+            "inproc",
+            name=name,
+            priority=priority,
+            weight=weight,
+            deadline_ms=deadline_ms,
+        )
     url = str(Address.parse(base))
-    opener = functools.partial(SocketChannel, url, timeout_s=timeout_s)
-    return Session(opener, url, name=name, priority=priority)
+    opener = functools.partial(SocketChannel, url, timeout_s=timeout_s, arena_bytes=arena_bytes)
+    return Session(
+        opener, url, name=name, priority=priority, weight=weight, deadline_ms=deadline_ms
+    )

@@ -121,6 +121,27 @@ def test_merging_is_refused_where_weights_stay(serve: Serve) -> None:
             model.merge_and_unload()
 
 
+@pytest.mark.parametrize(
+    ("options", "reader"),
+    [
+        ({"use_dora": True}, r"\w+ in \w+ \(peft\.tuners\.lora\.dora\)"),
+        ({"init_lora_weights": "pissa"}, r"svd in pissa_init \(peft"),
+        ({"init_lora_weights": "olora"}, r"qr in olora_init \(peft"),
+    ],
+)
+def test_a_method_that_reads_weights_is_refused_by_name(
+    serve: Serve, options: dict[str, object], reader: str
+) -> None:
+    """Where the weights stay; and the same model goes on with a method that does not."""
+    _, url = serve(tiny.llama(), fetch="deny")
+    with connect(url) as session:
+        with pytest.raises(
+            FetchRefused, match=reader + r".* needs the whole of .*does not hand out"
+        ):
+            adapted(session.model(), lora(**options))
+        assert train(adapted(session.model(), lora()), 1)
+
+
 def test_an_adapter_saved_here_works_there(
     session: Session, local: PreTrainedModel, tmp_path: object
 ) -> None:
@@ -188,7 +209,7 @@ def alone() -> list[Adapter]:
 
 
 @pytest.mark.parametrize("transport", ["unix", "inproc"])
-@pytest.mark.parametrize("policy", ["greedy", "lockstep", "none"])
+@pytest.mark.parametrize("policy", ["align", "greedy", "lockstep", "none"])
 def test_two_clients_do_not_disturb_each_other(
     serve: Serve, alone: list[Adapter], policy: str, transport: str
 ) -> None:

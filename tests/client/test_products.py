@@ -59,6 +59,19 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "conv1d strided, with a bias": lambda x, w: F.conv1d(
         x.view(1, 16, 8), w.view(64, 16, 2), torch.ones(64), stride=2, padding=1
     ),
+    "conv1d with valid padding": lambda x, w: F.conv1d(
+        x.view(1, 16, 8), w.view(64, 16, 2), padding="valid"
+    ),
+    "conv2d, channels last": lambda x, w: F.conv2d(
+        x.view(1, 4, 4, 8).permute(0, 3, 1, 2), w.view(64, 8, 2, 2), padding="valid"
+    ),
+    "depthwise, channels last": lambda x, w: F.conv2d(
+        x.view(1, 4, 4, 8).permute(0, 3, 1, 2), w.view(-1)[:72].view(8, 1, 3, 3), groups=8
+    ),
+    "weight over a batch": lambda x, w: torch.matmul(w, x.view(2, 2, 32).transpose(1, 2)),
+    "weights of two heads over a batch": lambda x, w: torch.matmul(
+        w.view(2, 1, 32, 32), x.view(2, 2, 32).transpose(1, 2)
+    ),
     "elementwise": lambda x, w: x * w[:4],
     "linear with a scaled weight": lambda x, w: F.linear(x, w * 0.5),
     "mm into given memory": lambda x, w: (
@@ -103,6 +116,17 @@ def test_what_does_not_fit_its_destination_is_refused_as_torch_does(pair: Pair) 
             torch.ones(4, 64, dtype=torch.int64).add_(weight[:1, 0])
         with pytest.raises(RuntimeError, match="shape"):
             torch.ones(32).add_(weight)
+
+
+def test_the_layout_of_a_convolution_is_kept(pair: Pair) -> None:
+    """Torch has other kernels for channels last, and a dropout after it draws in that order."""
+    x = torch.randn(2, 6, 6, 16).permute(0, 3, 1, 2)
+    remote, local = (
+        F.conv2d(x, up(model).weight.detach().reshape(-1)[:144].view(16, 1, 3, 3), groups=16)
+        for model in pair
+    )
+    assert torch.equal(remote, local)
+    assert remote.stride() == local.stride()
 
 
 def test_double_backward(pair: Pair) -> None:

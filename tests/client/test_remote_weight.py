@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file, save_model
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
 import tiny
 from symbiosis import Executor, Session, connect
 from symbiosis.client.remote_weight import RemoteWeight
-from symbiosis.errors import SymbiosisError, UnsupportedOperation
+from symbiosis.errors import FetchRefused, UnsupportedOperation
 
 
 @pytest.fixture
@@ -154,20 +154,33 @@ def test_a_saved_state_dict_says_what_to_do_instead(model: PreTrainedModel) -> N
         torch.save(model.state_dict(), io.BytesIO())
 
 
-@pytest.mark.parametrize("how", ["save_pretrained", "save_file", "save_model"])
-def test_a_file_of_weights_says_what_to_do_instead(
-    model: PreTrainedModel, tmp_path: Path, how: str
+SAVES: dict[str, Callable[[PreTrainedModel, Path], object]] = {
+    "save_pretrained": lambda model, folder: model.save_pretrained(folder),
+    "save_file": lambda model, folder: save_file(model.state_dict(), folder / FILE),
+    "save_model": lambda model, folder: save_model(model, str(folder / FILE)),
+}
+FILE = "model.safetensors"
+
+
+@pytest.mark.parametrize("how", SAVES)
+def test_saving_the_whole_model_fetches_it(
+    model: PreTrainedModel, local: PreTrainedModel, tmp_path: Path, how: str
 ) -> None:
-    """And not with an empty file, which safetensors writes for tensors without a storage."""
-    file = tmp_path / "model.safetensors"
-    save = {
-        "save_pretrained": lambda: model.save_pretrained(tmp_path),
-        "save_file": lambda: save_file(model.state_dict(), file),
-        "save_model": lambda: save_model(model, str(file)),
-    }[how]
-    with pytest.raises(SymbiosisError, match="Save the adapter"):
-        save()
-    assert not file.exists()
+    """And does not write empty tensors, which safetensors takes those without a storage for."""
+    SAVES[how](model, tmp_path)
+    saved = load_file(tmp_path / FILE)
+    for name, parameter in local.named_parameters():
+        assert torch.equal(saved[name], parameter), name
+
+
+@pytest.mark.parametrize("how", SAVES)
+def test_weights_that_may_not_leave_are_not_saved(
+    serve: Callable[..., tuple[Executor, str]], tmp_path: Path, how: str
+) -> None:
+    _, url = serve(tiny.llama(), fetch="deny")
+    with connect(url) as session, pytest.raises(FetchRefused, match="saving"):
+        SAVES[how](session.model(), tmp_path)
+    assert not (tmp_path / FILE).exists()
 
 
 # Reading
@@ -211,6 +224,32 @@ def test_an_unknown_operation_is_refused_with_a_hint(weight: RemoteWeight) -> No
         torch.fft.fft(weight)
     with pytest.raises(NotImplementedError):
         torch.cholesky_inverse(weight[:32])
+
+
+def test_products_of_weights_read_them(weight: RemoteWeight, plain: torch.Tensor) -> None:
+    for make in (
+        lambda w: w.t() @ w,
+        lambda w: torch.addmm(w, torch.ones(64, 1), torch.ones(1, 32)),
+        lambda w: torch.baddbmm(w.view(2, 32, 32), torch.ones(2, 32, 1), torch.ones(2, 1, 32)),
+    ):
+        assert torch.equal(make(weight), make(plain))
+
+
+def test_a_parametrization_comes_and_goes(
+    model: PreTrainedModel, plain: torch.Tensor, weight: RemoteWeight
+) -> None:
+    """As peft puts LoRA on the tensor of all experts."""
+
+    class Doubled(nn.Module):
+        def forward(self, w: torch.Tensor) -> torch.Tensor:
+            return 2 * w
+
+    layer = model.model.layers[0].mlp.up_proj
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    assert torch.equal(layer.weight, 2 * plain)
+    nn.utils.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    assert type(layer.weight) is RemoteWeight
+    assert torch.equal(layer(torch.eye(32)).t(), plain)
 
 
 # Changing

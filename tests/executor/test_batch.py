@@ -40,7 +40,7 @@ def test_a_batch_of_one_is_bit_for_bit_torchs_own(weights: Weights) -> None:
 )
 def test_joined_rows_equal_single_ones(weights: Weights, shapes: list[tuple[int, ...]]) -> None:
     number = weight_id(weights, "0.attn.c_attn.weight")
-    bias = weights.bias_ids["transformer.h.0.attn.c_attn.bias"]
+    bias = weights.vector_ids["transformer.h.0.attn.c_attn.bias"]
     asked = [exchange(Op.MATMUL, number, torch.randn(s), biases=(bias,)) for s in shapes]
     assert len({key(weights, one) for one in asked}) == 1
     for one, results in zip(asked, batch.compute(asked, weights), strict=True):
@@ -80,7 +80,7 @@ def test_nan_stays_in_its_own_rows(weights: Weights) -> None:
 def test_what_may_share_a_batch(weights: Weights) -> None:
     number = weight_id(weights, "0.attn.c_proj.weight")
     other = weight_id(weights, "1.attn.c_proj.weight")
-    bias = weights.bias_ids["transformer.h.0.attn.c_proj.bias"]
+    bias = weights.vector_ids["transformer.h.0.attn.c_proj.bias"]
     x = torch.randn(2, 32)
     same = key(weights, exchange(Op.MATMUL, number, x))
     assert same == key(weights, exchange(Op.MATMUL, number, torch.randn(1, 5, 32)), 9)

@@ -119,3 +119,17 @@ def test_load(tmp_path: Path) -> None:
         assert executor.describe()["dtype"] == "float32"
     with pytest.raises(ModelError):
         Executor.load(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [{"weight": 0}, {"weight": "2"}, {"weight": 1e9}, {"deadline_ms": -1}, {"deadline_ms": "x"}],
+)
+def test_terms_that_make_no_sense_are_refused(executor: Executor, terms: dict[str, object]) -> None:
+    with pytest.raises(ProtocolError, match="must be"):
+        executor.attach({**HELLO, **terms})
+
+
+def test_terms_are_taken(executor: Executor) -> None:
+    client, _ = executor.attach({**HELLO, "weight": 2, "deadline_ms": 5})
+    assert executor._engine._scheduler._terms[client] == (2, 0.005)

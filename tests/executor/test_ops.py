@@ -58,7 +58,7 @@ def weights(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Weights:
 def run(weights: Weights, asked: Exchange) -> Tensor:
     """Check and run, as the engine does; the plan must foretell the result."""
     plan = ops.check(asked, weights)
-    ops.check_values(asked, weights)
+    ops.check_values(asked, plan)
     with torch.no_grad():
         results = ops.run(asked, weights, asked.tensors)
     assert sum(r.numel() * r.element_size() for r in results) == plan.result_bytes
@@ -69,7 +69,7 @@ def run(weights: Weights, asked: Exchange) -> Tensor:
 @pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16), (0, 16), (2, 0, 16)])
 def test_linear(weights: Weights, parts: Parts, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    bias = weights.bias_ids["linear.bias"]
+    bias = weights.vector_ids["linear.bias"]
     y = run(weights, exchange(Op.LINEAR, LINEAR, x, biases=(bias,)))
     assert torch.equal(y, parts.linear(x))
     assert torch.equal(
@@ -80,7 +80,7 @@ def test_linear(weights: Weights, parts: Parts, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(5, 16), (2, 3, 16), (0, 16)])
 def test_matmul(weights: Weights, parts: Parts, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    bias = weights.bias_ids["conv1d.bias"]
+    bias = weights.vector_ids["conv1d.bias"]
     assert torch.equal(
         run(weights, exchange(Op.MATMUL, CONV1D, x, biases=(bias,))), parts.conv1d(x)
     )
@@ -106,6 +106,23 @@ def test_batched_matmul(weights: Weights, parts: Parts) -> None:
     )
 
 
+def test_batched_matmul_of_an_input_sent_as_it_lies(weights: Weights, parts: Parts) -> None:
+    up, y = parts.experts.up, torch.randn(3, 16, 5)
+    found = run(weights, exchange(Op.BATCHED_MATMUL, EXPERTS, y, params=(1,)))
+    assert torch.equal(found, y.transpose(1, 2).bmm(up))
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_weight_matmul(weights: Weights, parts: Parts, flipped: bool) -> None:
+    x, experts_x = torch.randn(16, 5), torch.randn(3, 8, 4)
+    pairs = ((LINEAR, parts.linear.weight, x), (EXPERTS, parts.experts.up, experts_x))
+    for number, weight, operand in pairs:
+        sent = operand.transpose(-2, -1).contiguous() if flipped else operand
+        asked = exchange(Op.WEIGHT_MATMUL, number, sent, params=(1,) if flipped else ())
+        expected = weight @ (sent.transpose(-2, -1) if flipped else sent)
+        assert torch.equal(run(weights, asked), expected)
+
+
 @pytest.mark.parametrize("ends", [(2, 5, 6), (0, 0, 6), (6, 6, 6)])
 def test_grouped_matmul(weights: Weights, parts: Parts, ends: tuple[int, ...]) -> None:
     x = torch.randn(6, 16)
@@ -124,7 +141,7 @@ def test_embedding(weights: Weights, parts: Parts, dtype: torch.dtype) -> None:
 
 def test_convolutions(weights: Weights, parts: Parts) -> None:
     x = torch.randn(2, 4, 5, 5, requires_grad=True)
-    bias = weights.bias_ids["conv.bias"]
+    bias = weights.vector_ids["conv.bias"]
     asked = exchange(Op.CONVOLUTION, CONV, x.detach(), biases=(bias,), params=CONV_PARAMS)
     expected = parts.conv(x)
     assert torch.equal(run(weights, asked), expected)
@@ -134,9 +151,26 @@ def test_convolutions(weights: Weights, parts: Parts) -> None:
     torch.testing.assert_close(run(weights, back), gradient)
 
 
+def test_convolution_with_channels_last(weights: Weights, parts: Parts) -> None:
+    """As a client's input lies in memory; torch takes other kernels for it."""
+    params = (*CONV_PARAMS[:7], 2, *CONV_PARAMS[8:])
+    x = torch.randn(2, 5, 5, 4).movedim(-1, 1).requires_grad_()
+    bias = weights.vector_ids["conv.bias"]
+    sent = x.detach().movedim(1, -1)
+    expected = parts.conv(x)
+    asked = exchange(Op.CONVOLUTION, CONV, sent, biases=(bias,), params=params)
+    assert torch.equal(run(weights, asked).movedim(-1, 1), expected)
+    dy = torch.randn_like(expected)
+    (gradient,) = torch.autograd.grad(expected, x, dy)
+    back = exchange(
+        Op.CONVOLUTION_INPUT_GRAD, CONV, dy.movedim(1, -1).contiguous(), params=(*params, *x.shape)
+    )
+    torch.testing.assert_close(run(weights, back).movedim(-1, 1), gradient)
+
+
 def test_transposed_convolution(weights: Weights, parts: Parts) -> None:
     x = torch.randn(2, 4, 5)
-    bias = weights.bias_ids["deconv.bias"]
+    bias = weights.vector_ids["deconv.bias"]
     asked = exchange(Op.CONVOLUTION, DECONV, x, biases=(bias,), params=DECONV_PARAMS)
     assert torch.equal(run(weights, asked), parts.deconv(x))
 
@@ -179,6 +213,16 @@ x, ids, ends = torch.zeros(3, 16), torch.zeros(3, dtype=torch.int64), torch.zero
         exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 16)),
         exchange(Op.BATCHED_MATMUL, LINEAR, torch.zeros(3, 5, 16)),
         exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 5, 16), biases=(1,)),
+        exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 5, 16), params=(1,)),
+        exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 5, 16), params=(4,)),
+        exchange(Op.BATCHED_MATMUL, EXPERTS, torch.zeros(3, 5, 16), params=(0, 0)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(8, 3)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(16, 3), params=(1,)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(16, 3), params=(2,)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(16, 3), biases=(1,)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(1, 16, 3)),
+        exchange(Op.WEIGHT_MATMUL, LINEAR, torch.zeros(16)),
+        exchange(Op.WEIGHT_MATMUL, EXPERTS, torch.zeros(2, 8, 3)),
         exchange(Op.GROUPED_MATMUL, EXPERTS, x),
         exchange(Op.GROUPED_MATMUL, EXPERTS, x, ends[:2]),
         exchange(Op.GROUPED_MATMUL, EXPERTS, x, ends.long()),
@@ -221,25 +265,24 @@ def test_what_does_not_fit_is_refused_before_it_runs(weights: Weights, asked: Ex
 )
 def test_ids_out_of_range_are_named(weights: Weights, bad: list[int]) -> None:
     asked = exchange(Op.EMBEDDING, EMBEDDING, torch.tensor(bad))
-    ops.check(asked, weights)
+    plan = ops.check(asked, weights)
     with pytest.raises(InvalidInput, match=f"{bad[-1]} .*10 rows"):
-        ops.check_values(asked, weights)
+        ops.check_values(asked, plan)
 
 
 def test_ids_must_fit_every_weight_of_the_exchange(weights: Weights) -> None:
     """An index out of bounds is an error on a CPU, but the end of a GPU's context."""
     asked = exchange(Op.EMBEDDING, (EMBEDDING, LINEAR), torch.tensor([9]))  # the other has 8 rows
     with pytest.raises(InvalidInput):
-        ops.check(asked, weights)
-        ops.check_values(asked, weights)
+        ops.check_values(asked, ops.check(asked, weights))
 
 
 @pytest.mark.parametrize("bad", [(2, 1, 3), (-1, 0, 3), (0, 0, 4), (1, 2, 2**31 - 1)])
 def test_expert_offsets_must_rise_within_the_rows(weights: Weights, bad: tuple[int, ...]) -> None:
     asked = exchange(Op.GROUPED_MATMUL, EXPERTS, x, torch.tensor(bad, dtype=torch.int32))
-    ops.check(asked, weights)
+    plan = ops.check(asked, weights)
     with pytest.raises(InvalidInput, match="offsets"):
-        ops.check_values(asked, weights)
+        ops.check_values(asked, plan)
 
 
 def test_rows_of_no_expert_do_not_show_old_memory(weights: Weights) -> None:

@@ -40,15 +40,20 @@ class Traces(RuleBasedStateMachine):
         self.ids = itertools.count(1)
         self.waiting: dict[int, list[Request]] = {}
         self.left: set[int] = set()
+        self.begun: dict[int, int] = {}  # request → rows computed in pieces
 
     @rule(
         client=clients,
         key=st.sampled_from("abc"),
-        rows=st.sampled_from([0, 1, 5, 9, 16, 40]),
+        rows=st.sampled_from([0, 1, 5, 9, 16, 40, 500]),
         priority=st.sampled_from(Priority),
+        opens=st.booleans(),
+        divisible=st.booleans(),
     )
-    def submit(self, client: int, key: str, rows: int, priority: Priority) -> None:
-        request = Request(next(self.ids), client, key, rows, priority, self.now_s)
+    def submit(
+        self, client: int, key: str, rows: int, priority: Priority, opens: bool, divisible: bool
+    ) -> None:
+        request = Request(next(self.ids), client, key, rows, priority, self.now_s, opens, divisible)
         self.scheduler.submit(request)
         self.waiting.setdefault(client, []).append(request)
 
@@ -78,9 +83,16 @@ class Traces(RuleBasedStateMachine):
         if batch is None:
             wake_s = self.scheduler.wake_at(self.now_s)
             assert wake_s is not None
-            assert self.now_s < wake_s <= self.now_s + HOLD_S
+            assert self.now_s < wake_s
+            assert self.policy != "lockstep" or wake_s <= self.now_s + HOLD_S
             self.now_s = wake_s
             batch = self.scheduler.next_batch(self.now_s)
+            while batch is None and self.policy == "align":  # held for others, one after another
+                wake_s = self.scheduler.wake_at(self.now_s)
+                assert wake_s is not None
+                assert wake_s > self.now_s
+                self.now_s = wake_s
+                batch = self.scheduler.next_batch(self.now_s)
         assert batch is not None
         self.check(batch)
 
@@ -90,14 +102,29 @@ class Traces(RuleBasedStateMachine):
         assert len({request.client for request in batch.requests}) == len(batch.requests)
         assert len({(request.key, request.priority) for request in batch.requests}) == 1
         assert batch.rows <= MAX_ROWS or len(batch.requests) == 1
+        if batch.is_piece:
+            self.check_piece(batch)
         assert self.policy != "none" or len(batch.requests) == 1
         for request in batch.requests:
             assert heads[request.client] == request, "a client's order was not kept"
+            if not batch.completes:
+                continue
             self.waiting[request.client].pop(0)
             assert request.id not in self.left
             self.left.add(request.id)
         if self.share == 0:
             assert batch.priority == min(head.priority for head in heads.values())
+
+    def check_piece(self, batch: Batch) -> None:
+        """Pieces of one training request follow one another without a gap."""
+        (request,) = batch.requests
+        assert self.policy == "align"
+        assert request.priority is Priority.TRAINING
+        assert request.divisible
+        assert batch.start == self.begun.pop(request.id, 0)
+        assert batch.start < batch.start + batch.rows <= request.rows
+        if not batch.completes:
+            self.begun[request.id] = batch.start + batch.rows
 
     @invariant()
     def nothing_is_lost(self) -> None:
@@ -213,5 +240,5 @@ def test_a_share_outside_its_range_is_refused(share: float) -> None:
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="greedy, lockstep, none"):
+    with pytest.raises(ValueError, match="align, greedy, lockstep, none"):
         Scheduler("fair")  # type: ignore[arg-type]

@@ -88,7 +88,7 @@ def test_tied_weights_are_one_weight_with_two_names() -> None:
     assert len({weight.id for weight in weights}) == len(list(weights))
 
 
-def test_unknown_weights_and_biases_are_told() -> None:
+def test_unknown_weights_and_vectors_are_told() -> None:
     weights = Weights(tiny.llama(), "tiny")
     for number in (0, -1, 17, 2**32):
         with pytest.raises(UnknownWeight, match=f"weight {number} .*tiny"):
@@ -96,7 +96,7 @@ def test_unknown_weights_and_biases_are_told() -> None:
         with pytest.raises(UnknownWeight):
             weights.view(number, (View.TRANSPOSE, 2, 0, 1))
     with pytest.raises(UnknownWeight):
-        weights.bias(1)
+        weights.vector(99)
 
 
 def test_views_share_the_weights_memory() -> None:

@@ -100,13 +100,13 @@ def test_the_meta_section_byte_for_byte() -> None:
         Priority.TRAINING,
     )
     assert pack_exchange(exchange) == struct.pack(
-        "<BBBBB4I5qBBB2I", 1, 1, 2, 4, 1, 7, 8, 0, 3, 1, 2, 0, 1, -5, 1, 1, 2, 2, 3
+        "<BBBBH4I5qBBB2I", 1, 1, 2, 4, 1, 7, 8, 0, 3, 1, 2, 0, 1, -5, 1, 1, 2, 2, 3
     )
 
 
-@pytest.mark.parametrize("op", [0, 8, 99, 255])
+@pytest.mark.parametrize("op", [0, 10, 99, 255])
 def test_an_operation_outside_the_list_is_told_by_its_number(op: int) -> None:
-    meta = struct.pack("<BBBBBIIB", op, 0, 1, 0, 0, 1, 0, 0)
+    meta = struct.pack("<BBBBHIIB", op, 0, 1, 0, 0, 1, 0, 0)
     with pytest.raises(UnknownOperation, match=f"operation {op} .*linear"):
         unpack_exchange(meta)
 
@@ -114,9 +114,9 @@ def test_an_operation_outside_the_list_is_told_by_its_number(op: int) -> None:
 @pytest.mark.parametrize(
     "meta",
     [
-        struct.pack("<BBBBBB", 1, 0, 0, 0, 0, 0),  # no weight
-        struct.pack("<BBBBBIIB", 1, 2, 1, 0, 0, 1, 0, 0),  # a priority that does not exist
-        struct.pack("<BBBBBIIB", 1, 0, 1, 255, 255, 1, 0, 0),  # promises a long recipe
+        struct.pack("<BBBBHB", 1, 0, 0, 0, 0, 0),  # no weight
+        struct.pack("<BBBBHIIB", 1, 2, 1, 0, 0, 1, 0, 0),  # a priority that does not exist
+        struct.pack("<BBBBHIIB", 1, 0, 1, 255, 255, 1, 0, 0),  # promises a long recipe
         b"",
     ],
 )

@@ -33,6 +33,7 @@ class Dtype(enum.StrEnum):
 
 
 class Policy(enum.StrEnum):
+    align = "align"
     greedy = "greedy"
     lockstep = "lockstep"
     none = "none"
@@ -74,11 +75,12 @@ def serve(
     policy: Annotated[
         Policy,
         typer.Option(
-            help="How exchanges are batched. greedy: what waits for the same weight goes "
-            "together, nobody waits for anybody; lockstep: everybody waits for everybody; "
-            "none: one by one."
+            help="How exchanges are batched. align: decoders are held for a bounded time so that "
+            "they go through the layers together, and training runs in pieces between them; "
+            "greedy: what waits for the same weight goes together, nobody waits for anybody; "
+            "lockstep: everybody waits for everybody; none: one by one."
         ),
-    ] = Policy.greedy,
+    ] = Policy.align,
     training_share: Annotated[
         float,
         typer.Option(

@@ -79,13 +79,15 @@ def _facts(stats: Stats) -> str:
     sizes = {int(size): count for size, count in stats["batch_sizes"].items()}
     batches = sum(sizes.values())
     mean = sum(size * count for size, count in sizes.items()) / batches if batches else 0.0
+    holds = stats.get("holds", 0)
+    held = f"{holds:,} held for {1e3 * stats['held_s'] / holds:.2f} ms, " if holds else ""
     return (
         f"{stats['model']}: {stats['architecture']}, {console.amount(stats['parameters'])} "
         f"parameters in {_numbers(stats)} on {stats['device']}, policy {stats['policy']}, "
         f"up {console.duration(stats['uptime_s'])}\n"
         f"{stats['exchanges_per_s']:,.1f} exchanges/s, {stats['rows_per_s']:,.0f} rows/s, "
         f"{stats['exchanges']:,} exchanges in {batches:,} batches (mean {mean:.2f}, largest "
-        f"{max(sizes, default=0)}), {stats['waiting']} waiting, memory "
+        f"{max(sizes, default=0)}), {held}{stats['waiting']} waiting, memory "
         f"{console.size(stats['memory_bytes'])}"
     )
 

@@ -3,6 +3,6 @@
 Never imports the executor. Importing it fills the tables of what a remote weight can do.
 """
 
-from symbiosis.client import operations
+from symbiosis.client import lazy, operations
 
-__all__ = ["operations"]
+__all__ = ["lazy", "operations"]

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from symbiosis.client.remote_weight import ATEN, FUNCTIONS, READS, RemoteWeight
-from symbiosis.errors import SymbiosisError
+from symbiosis.client.remote_weight import ATEN, FUNCTIONS, READS, RemoteWeight, asker
 from symbiosis.wire.views import View
 
 aten = torch.ops.aten
@@ -22,14 +22,10 @@ def _view(weight: RemoteWeight, func: Any, args: Any, kwargs: Any, step: View, *
     return weight.viewed(func(weight._like, *args[1:], **kwargs), step, *ints)
 
 
-def transposed(weight: RemoteWeight, dim0: int, dim1: int) -> RemoteWeight:
-    return weight.viewed(weight._like.transpose(dim0, dim1), View.TRANSPOSE, dim0, dim1)
-
-
 def _aten_t(func: Any, args: Any, kwargs: Any) -> Any:
     if args[0].dim() < 2:
         return _aten_alias(func, args, kwargs)
-    return transposed(args[0], 0, 1)
+    return _view(args[0], func, args, kwargs, View.TRANSPOSE, 0, 1)
 
 
 def _aten_slice(func: Any, args: Any, kwargs: Any) -> Any:
@@ -70,15 +66,15 @@ def _aten_clone(func: Any, args: Any, kwargs: Any) -> Any:
     """A frozen weight never changes, so that its clone is the weight; only strides may differ."""
     like = func(args[0]._like, *args[1:], **kwargs)
     if like.stride() == args[0]._like.stride():
-        return _aten_alias(func, args, kwargs)
-    return args[0].viewed(like, View.CONTIGUOUS)
+        return args[0].copied()
+    return args[0].viewed(like, View.CONTIGUOUS)._owned()
 
 
 def _aten_to_copy(func: Any, args: Any, kwargs: Any) -> Any:
     weight = args[0]
     dtype = kwargs.get("dtype") or weight.dtype
     device = kwargs.get("device") or weight.device
-    return weight.cast(dtype, torch.device(device))
+    return weight.cast(dtype, torch.device(device))._owned()
 
 
 def _aten_copy_(func: Any, args: Any, kwargs: Any) -> Any:
@@ -86,7 +82,14 @@ def _aten_copy_(func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[:2]
     if isinstance(target, RemoteWeight):
         return NotImplemented
-    return func(target, source._numbers("copy_"), *args[2:])
+    return func(target, source._numbers(f"copy_{asker()}"), *args[2:])
+
+
+def _aten_set_(func: Any, args: Any, kwargs: Any) -> Any:
+    """``torch.nn.utils.parametrize`` sets each parameter to itself; anything else is refused."""
+    target, source = args
+    both = isinstance(target, RemoteWeight) and isinstance(source, RemoteWeight)
+    return target if both and target.is_same_view(source) else NotImplemented
 
 
 def _aten_like(func: Any, args: Any, kwargs: Any) -> Any:
@@ -116,17 +119,10 @@ def _tolist(weight: Any) -> Any:
     return weight.fetch("tolist").tolist()
 
 
-def _storage(weight: Any) -> Any:
-    """safetensors asks for the storage before it writes one, and takes a NotImplementedError for
-    a tensor without numbers: not an UnsupportedOperation, therefore."""
-    raise SymbiosisError(weight.cannot_be_saved())
-
-
 FUNCTIONS.update(
     {
         torch.Tensor.numpy: _numpy,
         torch.Tensor.tolist: _tolist,
-        torch.Tensor.storage: _storage,
     }
 )
 
@@ -152,6 +148,7 @@ ATEN.update(
         aten.clone.default: _aten_clone,
         aten._to_copy.default: _aten_to_copy,
         aten.copy_.default: _aten_copy_,
+        aten.set_.source_Tensor: _aten_set_,
         aten.zeros_like.default: _aten_like,
         aten.ones_like.default: _aten_like,
         aten.empty_like.default: _aten_like,
@@ -167,6 +164,10 @@ ATEN.update(
 
 READS.update(
     {
+        aten.mm.default,  # of two weights; with a weight as the addend
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.baddbmm.default,
         aten.sum.default,
         aten.sum.dim_IntList,
         aten.mean.default,
@@ -181,6 +182,18 @@ READS.update(
         aten.linalg_vector_norm.default,
         aten._linalg_svd.default,
         aten.linalg_qr.default,
+        aten._linalg_solve_ex.default,
+        aten._linalg_eigh.default,
+        aten.linalg_inv_ex.default,
+        aten.linalg_cholesky_ex.default,
+        aten.linalg_lu_factor_ex.default,
+        aten.masked_select.default,
+        aten.nonzero.default,
+        aten.kthvalue.default,
+        aten.median.default,
+        aten.median.dim,
+        aten.cumsum.default,
+        aten.aminmax.default,
         aten.cat.default,
         aten.stack.default,
         aten.index_select.default,
@@ -202,5 +215,15 @@ READS.update(
         aten.tril.default,
         aten.repeat.default,
         aten.constant_pad_nd.default,
+        aten.addmm.default,  # where the weight is what a product is added to
+        aten.baddbmm.default,
+    }
+)
+
+FUNCTIONS.update(
+    {
+        Tensor.data_ptr: lambda weight: weight.memory().data_ptr(),
+        Tensor.storage: lambda weight: weight.memory().storage(),
+        Tensor.untyped_storage: lambda weight: weight.memory().untyped_storage(),
     }
 )

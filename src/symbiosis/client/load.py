@@ -134,9 +134,9 @@ class _Filler:
             # What the executor keeps in another dtype than the model's, it keeps on purpose.
             dtype = self._dtype if value.dtype == self._hosted_dtype else value.dtype
             parameter = nn.Parameter(value.to(self._device, dtype), requires_grad=False)
-            if (bias := self._session.biases.get(name)) is not None:
+            if (vector := self._session.vectors.get(name)) is not None:
                 original = value.clone()
-                parameter.symbiosis_bias = (bias, self._session, original)  # type: ignore[attr-defined]
+                parameter.symbiosis_vector = (vector, self._session, original)  # type: ignore[attr-defined]
         else:
             parameter = nn.Parameter(torch.empty_like(meta, device=self._device))
         parameter._is_hf_initialized = not parameter.requires_grad  # type: ignore[attr-defined]

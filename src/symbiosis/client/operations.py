@@ -9,13 +9,15 @@ Shapes: T rows, I in, O out.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 
-from symbiosis.client.lazy import transposed
+import symbiosis.client.lazy  # noqa: F401 - fills its part of the tables
 from symbiosis.client.remote_weight import ATEN, FUNCTIONS, RemoteWeight
 from symbiosis.errors import UnsupportedOperation
 from symbiosis.wire.exchange import NO_BIAS, Op
@@ -81,7 +83,7 @@ def product(op: Op, x: Tensor, weight: RemoteWeight, bias: Tensor | None = None)
 
 def _shared_bias(weight: RemoteWeight, bias: Tensor) -> int:
     """The id of ``bias`` in the executor if it is provably the same there, else `NO_BIAS`."""
-    known = getattr(bias, "symbiosis_bias", None)
+    known = getattr(bias, "symbiosis_vector", None)
     if known is None or bias.requires_grad or bias.device.type != "cpu":
         return NO_BIAS
     number, session, original = known
@@ -126,16 +128,25 @@ def _embedding(
 
 
 def _lookup(weight: RemoteWeight, ids: Tensor) -> Tensor:
-    found = weight._session.exchange(Op.EMBEDDING, weight._weight, weight._recipe, (ids,))
-    return found.to(weight.dtype)
+    return weight._session.lookup(ids, weight._weight, weight._recipe).to(weight.dtype)
 
 
 def _requires_grad_(self: Any, requires_grad: bool = True) -> Any:
     """Asking for a gradient makes the parameter local: it can be trained from then on."""
     if type(self) is not RemoteWeight or not requires_grad:
         return NotImplemented
-    _set_requires_grad(self, True)
+    if _in_parameter_constructor():
+        self._to_train = True
+    else:
+        _set_requires_grad(self, True)
     return self
+
+
+def _in_parameter_constructor() -> bool:
+    """``nn.Parameter(w)`` insists that what ``requires_grad_`` returns is still of w's type; it
+    becomes local when the constructor marks it as a parameter (`RemoteWeight._is_param`)."""
+    caller = sys._getframe(3)  # this, the handler, __torch_function__, the caller
+    return caller.f_code is nn.Parameter.__new__.__code__
 
 
 def _set_requires_grad(self: Any, requires_grad: bool) -> Any:
@@ -153,7 +164,7 @@ def _set_data(self: Any, value: Any) -> Any:
         return NotImplemented
     if type(value) is RemoteWeight:
         twin = value.cast(value.dtype, value.device)
-        if getattr(self, "_is_param", False):
+        if self._is_param:
             twin._is_param = True
         torch.utils.swap_tensors(self, twin)  # type: ignore[no-untyped-call]
     else:
@@ -198,7 +209,21 @@ def _aten_mm(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if isinstance(b, RemoteWeight):
         return _remote_matmul(Op.MATMUL, a, b)
-    return _remote_matmul(Op.LINEAR, b.t(), a).t()  # W x = (xᵀ Wᵀ)ᵀ
+    return _weight_times(a, b)
+
+
+def _weight_times(weight: RemoteWeight, x: Tensor) -> Tensor:
+    """W x. Not (xᵀ Wᵀ)ᵀ, whose bits may differ: methods decompose what comes out of this."""
+    x, params = _as_it_lies(x)
+    return weight._session.exchange(
+        Op.WEIGHT_MATMUL, weight._weight, weight._recipe, (x,), params=params
+    )
+
+
+def _as_it_lies(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """An operand as it lies in memory, which decides the kernel, with the parameter for it."""
+    swapped = x.stride(-2) == 1 and x.stride(-1) > 1
+    return (x.transpose(-2, -1), (1,)) if swapped else (x, ())
 
 
 def _remote_matmul(op: Op, x: Tensor, weight: RemoteWeight) -> Tensor:
@@ -226,12 +251,10 @@ def _aten_bmm(func: Any, args: Any, kwargs: Any) -> Any:
     a, b = args
     if isinstance(a, RemoteWeight) and isinstance(b, RemoteWeight):
         return NotImplemented
-    if isinstance(b, RemoteWeight):
-        return b._session.exchange(Op.BATCHED_MATMUL, b._weight, b._recipe, (a,))
-    flipped = transposed(a, 1, 2)
-    x = b.transpose(1, 2)
-    found = a._session.exchange(Op.BATCHED_MATMUL, a._weight, flipped._recipe, (x,))
-    return found.transpose(1, 2)
+    if isinstance(a, RemoteWeight):
+        return _weight_times(a, b)
+    x, params = _as_it_lies(a)
+    return b._session.exchange(Op.BATCHED_MATMUL, b._weight, b._recipe, (x,), params=params)
 
 
 def _aten_baddbmm(func: Any, args: Any, kwargs: Any) -> Any:
@@ -257,11 +280,20 @@ def _aten_embedding(func: Any, args: Any, kwargs: Any) -> Any:
     return _lookup(args[0], args[1])
 
 
-def _convolution_params(args: Any) -> tuple[int, ...]:
+def _convolution_params(args: Any, dims: int, last: bool) -> tuple[int, ...]:
     """See `symbiosis.executor.ops.ConvolutionParams`."""
     stride, padding, dilation, transposed, output_padding, groups = args
-    lists = (*stride, *padding, *dilation, int(transposed), *output_padding)
-    return (len(stride), *lists, groups)
+    flags = int(transposed) | (2 if last else 0)
+    lists = [
+        list(values) * (dims if len(values) == 1 else 1)  # padding="valid" comes as one 0
+        for values in (stride, padding, dilation, output_padding)
+    ]
+    return (dims, *lists[0], *lists[1], *lists[2], flags, *lists[3], groups)
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Does torch take the channels-last kernels for this input?"""
+    return x.dim() in (4, 5) and suggest_memory_format(x) != torch.contiguous_format
 
 
 def _aten_convolution(func: Any, args: Any, kwargs: Any) -> Any:
@@ -269,14 +301,16 @@ def _aten_convolution(func: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(weight, RemoteWeight) or isinstance(x, RemoteWeight):
         return NotImplemented
     shared = NO_BIAS if bias is None else _shared_bias(weight, bias)
+    last = _channels_last(x)
     y = weight._session.exchange(
         Op.CONVOLUTION,
         weight._weight,
         weight._recipe,
-        (x,),
-        params=_convolution_params(rest),
+        (x.movedim(1, -1) if last else x,),
+        params=_convolution_params(rest, x.dim() - 2, last),
         bias=shared,
     )
+    y = y.movedim(-1, 1) if last else y
     if bias is None or shared:
         return y
     return y + bias.view(-1, *[1] * (y.dim() - 2))
@@ -288,10 +322,15 @@ def _aten_convolution_backward(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     dx = None
     if mask[0]:
-        params = (*_convolution_params(rest), *x.shape)
+        last = _channels_last(x)
         dx = weight._session.exchange(
-            Op.CONVOLUTION_INPUT_GRAD, weight._weight, weight._recipe, (dy,), params=params
+            Op.CONVOLUTION_INPUT_GRAD,
+            weight._weight,
+            weight._recipe,
+            (dy.movedim(1, -1) if last else dy,),
+            params=(*_convolution_params(rest, x.dim() - 2, last), *x.shape),
         )
+        dx = dx.movedim(-1, 1) if last else dx
     channels = [d for d in range(dy.dim()) if d != 1]
     return dx, None, dy.sum(channels) if mask[2] else None
 

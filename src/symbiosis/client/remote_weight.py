@@ -11,8 +11,10 @@ norm, an SVD) fetch the weight, once, and say so in the log.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
+from types import FrameType
 from typing import Any
 
 import torch
@@ -42,11 +44,14 @@ class RemoteWeight(Tensor):
     _weight: int
     _recipe: Recipe
     _like: Tensor  # on the meta device: shape, strides, dtype
-    _is_param: bool  # torch's mark of a Parameter of a custom tensor type
     is_matrix: bool
     like_dtype: torch.dtype
     device_type: str
     _origin: RemoteWeight | None = None  # the parameter whose ``.data`` this is
+    _parameter = False
+    _to_train = False  # about to become a Parameter that asks for a gradient
+    _own = False  # a copy, not yet looked at by another handle: may be changed in place
+    _memory: Tensor | None = None  # see `memory`
 
     @staticmethod
     def __new__(
@@ -75,18 +80,47 @@ class RemoteWeight(Tensor):
         self.device_type = device.type
 
     @property
+    def _is_param(self) -> bool:
+        """torch's mark of a Parameter of a custom tensor type. ``nn.Parameter(w)`` sets it as
+        its last act; if it asked for a gradient, the parameter becomes a local one here."""
+        return self._parameter
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        self._parameter = value
+        if self._to_train:
+            self.localise(f"a new parameter made of {self.weight_name}")
+            self.requires_grad = True
+
+    @property
     def weight_name(self) -> str:
         """The first name under which the executor hosts it."""
         return self._session.weights[self._weight].names[0]
 
     def viewed(self, like: Tensor, step: View, *args: int) -> RemoteWeight:
         """This weight looked at one step further; ``like`` is the outcome on the meta device."""
+        self._own = False
         recipe = (*self._recipe, step, len(args), *args)
         return RemoteWeight(self._session, self._weight, recipe, like, self.device)
 
     def cast(self, dtype: torch.dtype, device: torch.device) -> RemoteWeight:
         """The same weight under another dtype or device; nothing is computed."""
+        self._own = False
         return RemoteWeight(self._session, self._weight, self._recipe, self._like.to(dtype), device)
+
+    def is_same_view(self, other: RemoteWeight) -> bool:
+        """Are both the same numbers, in the same shape and dtype?"""
+        mine = (self._session, self._weight, self._recipe, self.like_dtype)
+        return mine == (other._session, other._weight, other._recipe, other.like_dtype)
+
+    def copied(self) -> RemoteWeight:
+        """A copy: the same weight, for it is frozen, until somebody changes the copy in place,
+        which makes the copy a local tensor."""
+        return self.cast(self.dtype, self.device)._owned()
+
+    def _owned(self) -> RemoteWeight:
+        self._own = True
+        return self
 
     def fetch(self, why: str) -> Tensor:
         """The numbers: a local tensor like this one, the caller's own.
@@ -100,20 +134,28 @@ class RemoteWeight(Tensor):
         tensor = look(self._session.fetch(self._weight, why), self._recipe)
         return tensor.to(device=self.device, dtype=self.dtype)
 
+    def memory(self) -> Tensor:
+        """The numbers at an address of their own that lives as long as this handle: for code
+        that reads a tensor's memory, as safetensors does to save it. Fetches."""
+        if self._memory is None:
+            self._memory = self.fetch(f"saving it{asker()}")
+        return self._memory
+
     def localise(self, why: str) -> None:
         """Turn this very parameter into a local one with the same numbers, in place.
 
         Needed before it can be trained or changed (``modules_to_save``, merging). Fetches.
         """
-        self.become(self.fetch(why))
+        self.become(self.fetch(f"{why}{asker()}"))
 
     def become(self, values: Tensor) -> None:
-        """Turn this very parameter into a local, frozen one that holds ``values``."""
-        local = nn.Parameter(values, requires_grad=False)
+        """Turn this very tensor into a local, frozen one that holds ``values``; a parameter
+        stays a parameter."""
+        local = nn.Parameter(values, requires_grad=False) if self._is_param else values.detach()
         torch.utils.swap_tensors(self, local)  # type: ignore[no-untyped-call]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        kind = "Parameter, " if getattr(self, "_is_param", False) else ""
+        kind = "Parameter, " if self._is_param else ""
         shape = tuple(self.shape)
         return (
             f"RemoteWeight({kind}{self.weight_name}, shape={shape}, dtype={self.dtype}, "
@@ -122,8 +164,8 @@ class RemoteWeight(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteWeight:
         if id(self) not in memo:
-            twin = self.cast(self.dtype, self.device)
-            if getattr(self, "_is_param", False):
+            twin = self.copied()
+            if self._is_param:
                 twin._is_param = True
             memo[id(self)] = twin
         return memo[id(self)]  # type: ignore[no-any-return]
@@ -191,19 +233,32 @@ def _changes(func: Any) -> bool:
 def _change(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A parameter, or its ``.data``, is changed in place: it becomes local first."""
     weight = args[0]
-    target = weight if getattr(weight, "_is_param", False) else weight._origin
+    target = weight if weight._is_param or weight._own else weight._origin
     if target is None:
         raise UnsupportedOperation(
             f"{func.__name__} would change a view of the frozen weight {weight.weight_name}; "
-            f"change the parameter itself or its .data, and it becomes a local one"
+            f"change the parameter itself, its .data or a .clone() of it, which becomes a local "
+            f"tensor then"
         )
     target.localise(f"an in-place {func.__name__}")
     return func(target if target is weight else target.data, *args[1:], **kwargs)
 
 
+def asker() -> str:
+    """`` in pissa_init (peft.tuners.lora.layer)``: the innermost function on the stack that is
+    neither ours nor torch's, so that log and refusals name the method that reads a weight."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.split(".")[0] not in ("symbiosis", "torch", "safetensors"):
+            return f" in {frame.f_code.co_name} ({module})"
+        frame = frame.f_back
+    return ""
+
+
 def _fetched(value: Any, why: str) -> Any:
     if isinstance(value, RemoteWeight):
-        return value._numbers(why)
+        return value._numbers(f"{why}{asker()}")
     if isinstance(value, (tuple, list)):
         return type(value)(_fetched(item, why) for item in value)
     if isinstance(value, dict):
@@ -228,7 +283,7 @@ def _reduce_for_worker(weight: RemoteWeight) -> Any:
     """How a weight goes to a worker process of a DataLoader: as a handle, not as numbers."""
     like = weight._like
     layout = (tuple(like.shape), like.stride(), like.dtype, str(weight.device))
-    is_parameter = getattr(weight, "_is_param", False)
+    is_parameter = weight._is_param
     return _rebuild, (weight._session, weight._weight, weight._recipe, layout, is_parameter)
 
 

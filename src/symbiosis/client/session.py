@@ -25,7 +25,8 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from symbiosis.client.groups import InputGroups
+from symbiosis.client.ahead import Ahead
+from symbiosis.client.trace import plain
 from symbiosis.errors import ConnectionLost, ModelError, ProtocolError, SymbiosisError
 from symbiosis.transport.channel import Channel
 from symbiosis.wire.exchange import NO_BIAS, Exchange, Op, Priority
@@ -72,22 +73,10 @@ class _Counters:
     """Mutable side of `SessionStats`."""
 
     def __init__(self) -> None:
-        self.exchanges = self.forward = self.grouped = 0
+        self.exchanges = self.forward = 0
         self.bytes_sent = self.bytes_received = self.fetched_bytes = 0
         self.wait_s = 0.0
         self.queue_us = self.compute_us = self.batch_members = 0
-
-
-_Member = tuple[Op, int, Recipe, int]
-"""A product as `InputGroups` knows it: operation, weight, recipe, bias."""
-
-
-class _Ahead(NamedTuple):
-    """Results that came with the first product on ``x``, for the products to follow."""
-
-    x: Tensor  # kept alive, so that its memory cannot become another input meanwhile
-    input_key: tuple[object, ...]
-    results: dict[_Member, Tensor]
 
 
 class Session:
@@ -105,32 +94,40 @@ class Session:
         *,
         name: str | None = None,
         priority: PriorityName = "auto",
+        weight: float = 1.0,
+        deadline_ms: float | None = None,
     ) -> None:
         """``opener`` opens channels to ``url``; the first is opened here. Raises
         ConnectionFailed, ProtocolError."""
         if priority not in ("auto", "interactive", "training"):
             raise ValueError(f"priority is {priority!r}; use auto, interactive or training")
         self.url = url
+        self._terms = weight, deadline_ms
         self._opener = opener
         self._priority = priority
         self._hello: Json = {
             "protocol": VERSION,
             "client": name or f"client-{os.getpid()}-{next(_serial)}",
+            "weight": weight,
+            "deadline_ms": deadline_ms,
         }
         self._lock = threading.RLock()
         self._channel: Channel | None = None
         self._channel_pid = 0
         self._closed = False
         self._counters = _Counters()
-        self._groups: InputGroups[_Member] = InputGroups()
-        self._ahead: _Ahead | None = None
+        self._ahead = Ahead(self._send_forward, self.vector_id)
         self._fetched: dict[int, Tensor] = {}
         self._folder: Path | None = None
         self._remove_folder: weakref.finalize[[Path, int], Session] | None = None
         self.weights: dict[int, WeightInfo] = {}
         self.welcome = self._open().welcome
-        self.weights = _weight_table(self.welcome)
-        self.biases = _bias_table(self.welcome)
+        try:
+            self.weights = _weight_table(self.welcome)
+        except ProtocolError:
+            self._drop_channel()
+            raise
+        self.vectors = _vector_table(self.welcome)
 
     # Models
 
@@ -183,7 +180,7 @@ class Session:
         return SessionStats(
             exchanges=c.exchanges,
             forward=c.forward,
-            grouped=c.grouped,
+            grouped=self._ahead.grouped,
             bytes_sent=c.bytes_sent,
             bytes_received=c.bytes_received,
             wait_s=c.wait_s,
@@ -208,23 +205,18 @@ class Session:
         ``forward`` marks a product whose siblings on the same input may be asked for with it.
         """
         x = x.detach().contiguous()
-        member: _Member = (op, weight, recipe, bias)
         with self._lock:
-            if not forward or recipe or x.is_inference():  # inference tensors have no version
-                return self._exchange(op, (weight,), (bias,), recipe, (), (x,), forward)[0]
-            input_key = (x.data_ptr(), x._version, x.shape, x.dtype)
-            found = self._from_ahead(input_key, member)
-            self._groups.observe(input_key, member)
-            if found is not None:
-                return found
-            members = self._groups.members(member)
-            if len(members) == 1:
-                return self._exchange(op, (weight,), (bias,), (), (), (x,), forward)[0]
-            weights, biases = zip(*[(m[1], m[3]) for m in members if m[0] == op], strict=True)
-            results = self._exchange(op, weights, biases, (), (), (x,), forward)
-            rest = dict(zip(members[1:], results[1:], strict=False))
-            self._ahead = _Ahead(x, input_key, rest)
-            return results[0]
+            if forward and not recipe and not x.is_inference():  # those have no version
+                return self._ahead.product((op, weight, recipe, bias), x)
+            return self._exchange(op, (weight,), (bias,), recipe, (), (plain(x),), forward)[0]
+
+    def lookup(self, ids: Tensor, weight: int, recipe: Recipe) -> Tensor:
+        """EMBEDDING of ``ids`` (...) with a weight: (..., O)."""
+        ids = ids.detach().contiguous()
+        with self._lock:
+            if not recipe and not ids.is_inference():
+                return self._ahead.product((Op.EMBEDDING, weight, recipe, NO_BIAS), ids)
+            return self._exchange(Op.EMBEDDING, (weight,), (NO_BIAS,), recipe, (), (ids,), True)[0]
 
     def exchange(
         self,
@@ -263,12 +255,27 @@ class Session:
                 )
             return found
 
+    def vector_id(self, tensor: Tensor) -> int:
+        """The executor's number of the shipped vector that ``tensor`` was made from, or 0. Its
+        values may have been changed since."""
+        number, session, _ = getattr(tensor, "symbiosis_vector", (0, None, None))
+        return number if session is self else 0
+
+    def plan(self) -> list[list[str]]:
+        """The chains that have been learned: the weights that one exchange asks for, in order.
+        Empty until a few tokens have been decoded; see `symbiosis.client.chains`."""
+        with self._lock:
+            return [
+                [self.weights[weight].names[0] for _, weight, _, _ in chain]
+                for chain in self._ahead.plan()
+            ]
+
     def close(self) -> None:
         """Leave the executor; idempotent."""
         with self._lock:
             self._closed = True
             self._drop_channel()
-            self._ahead = None
+            self._ahead.clear()
             if self._remove_folder is not None:
                 self._remove_folder()
             self._folder = None
@@ -287,7 +294,11 @@ class Session:
                 "the executor listen on a unix:// or tcp:// address and connect to that"
             )
         reopen = functools.partial(
-            Session, name=str(self._hello["client"]), priority=self._priority
+            Session,
+            name=str(self._hello["client"]),
+            priority=self._priority,
+            weight=self._terms[0],
+            deadline_ms=self._terms[1],
         )
         return reopen, (self._opener, self.url)
 
@@ -295,17 +306,15 @@ class Session:
         state = "closed" if self._closed else f"{self._counters.exchanges} exchanges"
         return f"<Session {self.url}: {self.welcome.get('model')}, {state}>"
 
-    def _from_ahead(self, input_key: tuple[object, ...], member: _Member) -> Tensor | None:
-        ahead = self._ahead
-        if ahead is None:
-            return None
-        if ahead.input_key != input_key:
-            self._ahead = None
-            return None
-        found = ahead.results.pop(member, None)
-        if found is not None:
-            self._counters.grouped += 1
-        return found
+    def _send_forward(
+        self,
+        op: Op,
+        weights: tuple[int, ...],
+        biases: tuple[int, ...],
+        params: tuple[int, ...],
+        tensors: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        return self._exchange(op, weights, biases, (), params, tensors, True)
 
     def _exchange(
         self,
@@ -339,7 +348,7 @@ class Session:
             c.bytes_sent += tensor.nbytes
         for tensor in result.tensors:
             c.bytes_received += tensor.nbytes
-        if len(result.tensors) != len(weights):
+        if len(result.tensors) != (1 if op is Op.CHAIN else len(weights)):
             raise ProtocolError(f"{len(result.tensors)} results for {len(weights)} weights")
         device = tensors[0].device
         if device.type == "cpu":
@@ -401,9 +410,9 @@ def _weight_table(welcome: Json) -> dict[int, WeightInfo]:
     return {entry.id: entry for entry in entries}
 
 
-def _bias_table(welcome: Json) -> dict[str, int]:
-    biases = welcome.get("biases")
-    return {str(k): int(v) for k, v in biases.items()} if isinstance(biases, dict) else {}
+def _vector_table(welcome: Json) -> dict[str, int]:
+    vectors = welcome.get("vectors")
+    return {str(k): int(v) for k, v in vectors.items()} if isinstance(vectors, dict) else {}
 
 
 def _remove(folder: Path, owner_pid: int) -> None:

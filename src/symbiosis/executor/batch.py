@@ -11,6 +11,7 @@ from collections.abc import Hashable
 import torch
 
 from symbiosis.executor import ops
+from symbiosis.executor.chain import as_rows
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.exchange import Exchange, Op
 
@@ -25,7 +26,7 @@ def key(exchange: Exchange, joinable: bool, unique: int) -> Hashable:
         exchange.biases,
         exchange.recipe,
         exchange.params,
-        exchange.specs[0].dtype,
+        *[spec.dtype for spec in exchange.specs],
     )
 
 
@@ -34,21 +35,55 @@ def compute(exchanges: list[Exchange], weights: Weights) -> list[tuple[torch.Ten
     first = exchanges[0]
     if len(exchanges) == 1:
         return [tuple(ops.run(first, weights, first.tensors))]
-    joined = torch.cat([_rows(exchange) for exchange in exchanges])
-    outputs = ops.run(first, weights, (joined,))
-    sizes = [_rows(exchange).shape[0] for exchange in exchanges]
+    rows = [[as_rows(x) for x in exchange.tensors] for exchange in exchanges]
+    outputs = ops.run(
+        first, weights, tuple(torch.cat(column) for column in zip(*rows, strict=True))
+    )
+    sizes = [row[0].shape[0] for row in rows]
     parts = [torch.split(output, sizes) for output in outputs]
     return [
-        tuple(part[i].view(*_leading(exchange), part[i].shape[-1]) for part in parts)
-        for i, exchange in enumerate(exchanges)
+        tuple(_shaped(part[i], exchange) for part in parts) for i, exchange in enumerate(exchanges)
     ]
 
 
-def _rows(exchange: Exchange) -> torch.Tensor:
-    x = exchange.tensors[0]
-    return x.reshape(-1) if exchange.op is Op.EMBEDDING else x.reshape(-1, x.shape[-1])
+def _shaped(rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+    """The rows of one client (T, O) in the leading shape of its input; a chain's as they are."""
+    if exchange.op is Op.CHAIN:
+        return rows
+    dtype, shape = exchange.specs[0]
+    return rows.view(*(shape[:-1] if dtype.is_floating_point else shape), rows.shape[-1])
 
 
-def _leading(exchange: Exchange) -> tuple[int, ...]:
-    shape = exchange.specs[0].shape
-    return shape if exchange.op is Op.EMBEDDING else shape[:-1]
+class Pieces:
+    """One exchange's results, put together as its rows are computed, piece by piece.
+
+    On the CPU in fp32 the rows have the bits of the whole product as long as no piece is a single
+    row (measured with MKL on one thread); other kernels may differ in the last bit, as in a batch.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._rows = as_rows(exchange.tensors[0])
+        self._results: tuple[torch.Tensor, ...] = ()
+        self.elapsed_s = 0.0
+
+    def exchange(self, start: int, stop: int) -> Exchange:
+        """Rows ``start`` to ``stop`` as an exchange."""
+        return self._exchange._replace(tensors=(self._rows[start:stop],))
+
+    def add(self, start: int, outputs: tuple[torch.Tensor, ...]) -> None:
+        """Those rows' outputs."""
+        if not self._results:
+            rows = self._rows.shape[0]
+            self._results = tuple(output.new_empty(rows, output.shape[-1]) for output in outputs)
+        for result, output in zip(self._results, outputs, strict=True):
+            result[start : start + output.shape[0]] = output
+
+    def results(self) -> tuple[torch.Tensor, ...]:
+        """As `compute` returns them, once all rows are there."""
+        return tuple(_shaped(result, self._exchange) for result in self._results)
+
+
+def divisible(exchange: Exchange, joinable: bool) -> bool:
+    """May it be computed in `Pieces`? A lookup or a decoder's chain is too cheap for it."""
+    return joinable and exchange.op in (Op.LINEAR, Op.MATMUL)

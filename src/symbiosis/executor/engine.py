@@ -18,10 +18,10 @@ import torch
 
 from symbiosis.errors import ConnectionLost, ExchangeFailed, InvalidInput, SymbiosisError
 from symbiosis.executor import batch, ops
-from symbiosis.executor.scheduler import Batch, Request, Scheduler
+from symbiosis.executor.scheduler import Batch, Request, Scheduler, Terms
 from symbiosis.executor.stats import ClientStats, Stats
 from symbiosis.executor.weights import Weights
-from symbiosis.wire.exchange import Exchange, Result
+from symbiosis.wire.exchange import Exchange, Op, Result
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Engine:
         self._scheduler = scheduler
         self._max_result_bytes = max_result_bytes
         self._pending: dict[int, _Pending] = {}
+        self._pieces: dict[int, batch.Pieces] = {}  # of requests computed in part
         self._request_ids = itertools.count(1)
         self._client_ids = itertools.count(1)
         self._queue_lock = threading.Lock()  # scheduler, pending, stats; held briefly
@@ -62,10 +63,14 @@ class Engine:
     def policy(self) -> str:
         return self._scheduler.policy
 
-    def add_client(self, name: str, transport: str, pid: int | None = None) -> int:
+    def add_client(
+        self, name: str, transport: str, pid: int | None = None, terms: Terms | None = None
+    ) -> int:
         """A client has attached; its number for all that follows."""
         with self._queue_lock:
             client = next(self._client_ids)
+            if terms is not None:
+                self._scheduler.admit(client, terms)
             self.stats.clients[client] = ClientStats(name, transport, pid)
             self.stats.clients_seen += 1
         return client
@@ -73,7 +78,10 @@ class Engine:
     def remove_client(self, client: int) -> None:
         """A client has gone: what it still waits for will not run, and its replies are told so."""
         with self._queue_lock:
-            dropped = [self._pending.pop(id) for id in self._scheduler.remove_client(client)]
+            ids = self._scheduler.remove_client(client)
+            dropped = [self._pending.pop(id) for id in ids]
+            for id in ids:
+                self._pieces.pop(id, None)
             self.stats.clients.pop(client, None)
         for pending in dropped:
             pending.reply(ConnectionLost("the client left before this exchange ran"))
@@ -91,7 +99,7 @@ class Engine:
     def submit(self, client: int, exchange: Exchange, plan: ops.Plan, reply: Reply) -> None:
         """Queue an admitted exchange with its tensors; ``reply`` will be called once."""
         try:
-            ops.check_values(exchange, self.weights)
+            ops.check_values(exchange, plan)
         except InvalidInput as error:
             self.refused(client)
             reply(error)
@@ -107,6 +115,8 @@ class Engine:
                     plan.rows,
                     exchange.priority,
                     self.clock(),
+                    opens=exchange.op is Op.EMBEDDING,
+                    divisible=batch.divisible(exchange, plan.joinable),
                 )
             )
 
@@ -129,14 +139,22 @@ class Engine:
                 chosen = self._scheduler.next_batch(started_s)
                 if chosen is None:
                     return False
-                pendings = [self._pending.pop(request.id) for request in chosen.requests]
-            results = self._compute([pending.exchange for pending in pendings])
-            now_s = self.clock()
-            compute_us, size = int((now_s - started_s) * 1e6), len(pendings)
-            for request, pending, found in zip(chosen.requests, pendings, results, strict=True):
+                take = self._pending.pop if chosen.completes else self._pending.__getitem__
+                pendings = [take(request.id) for request in chosen.requests]
+                pieces = self._pieces_of(chosen, pendings[0]) if chosen.is_piece else None
+            if pieces is None:
+                results = self._compute([pending.exchange for pending in pendings])
+                now_s = self.clock()
+                compute_us = int((now_s - started_s) * 1e6)
+            else:
+                results = self._compute_piece(chosen, pieces)
+                now_s = self.clock()
+                pieces.elapsed_s += now_s - started_s
+                compute_us = int(pieces.elapsed_s * 1e6)
+            for request, pending, found in zip(chosen.requests, pendings, results, strict=False):
                 if isinstance(found, tuple):
-                    queue_us = int((started_s - request.arrived_s) * 1e6)
-                    pending.reply(Result(found, queue_us, compute_us, size))
+                    queue_us = max(0, int((now_s - request.arrived_s) * 1e6) - compute_us)
+                    pending.reply(Result(found, queue_us, compute_us, len(pendings)))
                 else:
                     pending.reply(found)
             self._account(chosen, pendings[0].exchange, started_s, now_s)
@@ -154,8 +172,14 @@ class Engine:
     def snapshot(self) -> dict[str, object]:
         """The counters as plain JSON types."""
         with self._queue_lock:
-            waiting = len(self._scheduler)
-        return {**self.stats.snapshot(self.clock()), "waiting": waiting, "policy": self.policy}
+            waiting, alignment = len(self._scheduler), self._scheduler.alignment
+        return {
+            **self.stats.snapshot(self.clock()),
+            "waiting": waiting,
+            "policy": self.policy,
+            "holds": alignment.holds,
+            "held_s": alignment.held_s,
+        }
 
     def _compute(
         self, exchanges: list[Exchange]
@@ -184,18 +208,46 @@ class Engine:
             )
             return [ExchangeFailed(f"{exchange.op.name.lower()} on {name} failed: {error}")]
 
+    def _pieces_of(self, chosen: Batch, pending: _Pending) -> batch.Pieces:
+        number = chosen.requests[0].id
+        pieces = self._pieces.pop(number, None) or batch.Pieces(pending.exchange)
+        if not chosen.completes:
+            self._pieces[number] = pieces
+        return pieces
+
+    def _compute_piece(
+        self, chosen: Batch, pieces: batch.Pieces
+    ) -> list[tuple[torch.Tensor, ...] | SymbiosisError]:
+        """Nothing yet, or with the last piece the whole result; a failure ends it at once."""
+        (found,) = self._compute([pieces.exchange(chosen.start, chosen.start + chosen.rows)])
+        if isinstance(found, tuple):
+            pieces.add(chosen.start, found)
+            return [pieces.results()] if chosen.completes else []
+        with self._queue_lock:
+            number = chosen.requests[0].id
+            self._scheduler.withdraw(chosen.requests[0])
+            self._pieces.pop(number, None)
+            self._pending.pop(number, None)
+        return [found]
+
     def _account(self, chosen: Batch, exchange: Exchange, started_s: float, now_s: float) -> None:
         """After the answers have gone out: nobody waits for this."""
         elapsed_s = now_s - started_s
-        size, rows = len(chosen.requests), max(1, chosen.rows)
+        size = len(chosen.requests) if chosen.completes else 0  # a piece answers nobody
+        rows = max(1, chosen.rows)
         with self._queue_lock:
             self._scheduler.finished(chosen, now_s, elapsed_s)
             self.stats.batch_ran(exchange.op, size, chosen.rows, now_s, elapsed_s)
             for request in chosen.requests:
                 stats = self.stats.clients.get(request.client)
                 if stats is not None:
-                    stats.exchanges += 1
-                    stats.rows += request.rows
-                    stats.batch_members += size
-                    stats.queue_s += started_s - request.arrived_s
-                    stats.compute_s += elapsed_s * request.rows / rows
+                    if chosen.is_piece:
+                        stats.rows += chosen.rows
+                        stats.compute_s += elapsed_s
+                    else:
+                        stats.rows += request.rows
+                        stats.compute_s += elapsed_s * request.rows / rows
+                    if chosen.completes:
+                        stats.exchanges += 1
+                        stats.batch_members += size
+                        stats.queue_s += started_s - request.arrived_s

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from symbiosis.errors import FetchRefused, ProtocolError, SymbiosisError
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.quantized import Scheme
-from symbiosis.executor.scheduler import Policy, Scheduler
+from symbiosis.executor.scheduler import Policy, Scheduler, Terms
 from symbiosis.executor.server import Server
 from symbiosis.executor.weights import Weights
 from symbiosis.transport.inproc import InprocChannel
@@ -45,7 +45,7 @@ class Executor:
         self,
         weights: Weights,
         *,
-        policy: Policy = "greedy",
+        policy: Policy = "align",
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
         max_payload_bytes: int = 1 << 30,
@@ -72,7 +72,7 @@ class Executor:
         dtype: torch.dtype | None = None,
         device: str = "cpu",
         quantize: Scheme | None = None,
-        policy: Policy = "greedy",
+        policy: Policy = "align",
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
     ) -> Executor:
@@ -142,7 +142,9 @@ class Executor:
             )
         pid = hello.get("pid")
         name = str(hello.get("client") or "client")[:64]
-        client = self._engine.add_client(name, transport, pid if isinstance(pid, int) else None)
+        client = self._engine.add_client(
+            name, transport, pid if isinstance(pid, int) else None, _terms(hello)
+        )
         return client, self._welcome(client)
 
     def detach(self, client: int) -> None:
@@ -217,10 +219,22 @@ class Executor:
             "weights": [
                 {"id": w.id, "names": list(w.names), "shape": list(w.tensor.shape)} for w in weights
             ],
-            "biases": weights.bias_ids,
+            "vectors": weights.vector_ids,
             "fetch": self._fetch,
             "max_payload_bytes": self._limits.payload_bytes,
         }
+
+
+def _terms(hello: Json) -> Terms:
+    """What a client asks for itself; raises ProtocolError."""
+    weight, deadline_ms = hello.get("weight", 1.0), hello.get("deadline_ms")
+    if not isinstance(weight, (int, float)) or not 0.1 <= weight <= 10:
+        raise ProtocolError(f"a client's weight is {weight!r}; it must be from 0.1 to 10")
+    if deadline_ms is None:
+        return Terms(weight)
+    if not isinstance(deadline_ms, (int, float)) or not deadline_ms >= 0:
+        raise ProtocolError(f"a client's deadline_ms is {deadline_ms!r}; it must be 0 or more")
+    return Terms(weight, deadline_ms / 1e3)
 
 
 def _payload(data: bytes) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from symbiosis.errors import InvalidInput, ProtocolError
+from symbiosis.executor import chain
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.exchange import NO_BIAS, Exchange, Op
 from symbiosis.wire.tensors import ITEM_BYTES
@@ -32,6 +33,7 @@ class Plan(NamedTuple):
     rows: int
     result_bytes: int
     joinable: bool  # may be computed together with others on the same weight
+    lookups: tuple[tuple[int, int], ...] = ()  # (tensor that holds token ids, rows they index)
 
 
 def check(exchange: Exchange, weights: Weights) -> Plan:
@@ -39,6 +41,8 @@ def check(exchange: Exchange, weights: Weights) -> Plan:
 
     Raises UnknownWeight, InvalidInput, ProtocolError (malformed recipe or parameters).
     """
+    if exchange.op is Op.CHAIN:
+        return _check_chain(exchange, weights)
     _check_tensors(exchange)
     views = [weights.like(weight, exchange.recipe) for weight in exchange.weights]
     shapes = [_result_shape(exchange, view) for view in views]
@@ -49,7 +53,15 @@ def check(exchange: Exchange, weights: Weights) -> Plan:
     item = ITEM_BYTES[weights.dtype if exchange.op is Op.EMBEDDING else spec.dtype]
     joinable = exchange.op in (Op.LINEAR, Op.MATMUL, Op.EMBEDDING)
     rows = math.prod(spec.shape if exchange.op is Op.EMBEDDING else spec.shape[:-1])
-    return Plan(rows, sum(item * math.prod(shape) for shape in shapes), joinable)
+    lookups = ((0, min(view.shape[0] for view in views)),) if exchange.op is Op.EMBEDDING else ()
+    return Plan(rows, sum(item * math.prod(shape) for shape in shapes), joinable, lookups)
+
+
+def _check_chain(exchange: Exchange, weights: Weights) -> Plan:
+    _check_sizes(exchange)
+    values_bytes = chain.check(exchange, weights)
+    rows, lookups = chain.rows_of(exchange.specs[0]), chain.lookups(exchange, weights)
+    return Plan(rows, values_bytes, joinable=True, lookups=lookups)
 
 
 def run(
@@ -57,24 +69,22 @@ def run(
 ) -> list[torch.Tensor]:
     """Compute ``exchange`` on ``inputs`` (its own tensors, or several clients' rows joined).
 
-    One tensor per weight, in the input's dtype (the weight's for an embedding), contiguous.
+    One tensor per weight, in the input's dtype (the weight's for an embedding), contiguous; of
+    a chain, one tensor with its outputs side by side.
     """
+    if exchange.op is Op.CHAIN:
+        return chain.run(exchange, weights, inputs)
     return [
         _run_one(exchange, weights.view(weight, exchange.recipe), _bias(weights, bias), inputs)
         for weight, bias in zip(exchange.weights, exchange.biases, strict=True)
     ]
 
 
-def check_values(exchange: Exchange, weights: Weights) -> None:
+def check_values(exchange: Exchange, plan: Plan) -> None:
     """Values that would make a kernel read out of bounds; raises InvalidInput."""
-    if exchange.op is Op.EMBEDDING:
-        size = min(weights.like(weight, exchange.recipe).shape[0] for weight in exchange.weights)
-        ids = exchange.tensors[0]
-        if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
-            raise InvalidInput(
-                f"token id {_offender(ids, size)} is outside the embedding's {size} rows"
-            )
-    elif exchange.op is Op.GROUPED_MATMUL:
+    for tensor, size in plan.lookups:
+        _check_ids(exchange.tensors[tensor], size)
+    if exchange.op is Op.GROUPED_MATMUL:
         rows = exchange.specs[0].shape[0]
         offsets = exchange.tensors[1].tolist()
         rise = all(a <= b for a, b in zip([0, *offsets], offsets, strict=False))
@@ -82,12 +92,14 @@ def check_values(exchange: Exchange, weights: Weights) -> None:
             raise InvalidInput(f"expert offsets {offsets} do not rise to {rows} rows")
 
 
-def _offender(ids: torch.Tensor, size: int) -> int:
-    return int(ids[(ids < 0) | (ids >= size)][0])
+def _check_ids(ids: torch.Tensor, size: int) -> None:
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
+        offender = int(ids[(ids < 0) | (ids >= size)][0])
+        raise InvalidInput(f"token id {offender} is outside the embedding's {size} rows")
 
 
 def _bias(weights: Weights, bias: int) -> torch.Tensor | None:
-    return None if bias == NO_BIAS else weights.bias(bias)
+    return None if bias == NO_BIAS else weights.vector(bias)
 
 
 def _check_bias(
@@ -95,15 +107,20 @@ def _check_bias(
 ) -> None:
     if exchange.op not in (Op.LINEAR, Op.MATMUL, Op.CONVOLUTION):
         raise InvalidInput(f"{exchange.op.name.lower()} takes no bias")
-    channels = 1 if exchange.op is Op.CONVOLUTION else -1
-    if weights.bias(bias).shape[0] != result_shape[channels]:
+    last = exchange.op is not Op.CONVOLUTION or _channels_last(exchange.params)
+    channels = -1 if last else 1
+    if weights.vector(bias).shape[0] != result_shape[channels]:
         raise InvalidInput(f"bias {bias} does not fit a result of shape {list(result_shape)}")
 
 
-def _check_tensors(exchange: Exchange) -> None:
+def _check_sizes(exchange: Exchange) -> None:
     for spec in exchange.specs:
         if math.prod(max(dim, 1) for dim in spec.shape) > _MOST_ELEMENTS:
             raise InvalidInput(f"a tensor of {spec} is beyond any memory")
+
+
+def _check_tensors(exchange: Exchange) -> None:
+    _check_sizes(exchange)
     expected = 2 if exchange.op is Op.GROUPED_MATMUL else 1
     if len(exchange.specs) != expected:
         raise InvalidInput(
@@ -126,13 +143,17 @@ def _result_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...]:
             return (*x.shape[:-1], w[0])
         case Op.MATMUL if len(w) == 2 and x.shape[-1:] == (w[0],):
             return (*x.shape[:-1], w[1])
-        case Op.BATCHED_MATMUL if len(w) == 3 == len(x.shape) and (
-            (x.shape[0], x.shape[2]) == w[:2]
-        ):
-            return (*x.shape[:2], w[2])
+        case Op.BATCHED_MATMUL if len(w) == 3 == len(x.shape):
+            inner, rows = x.shape[:-3:-1] if not _flipped(exchange) else x.shape[-2:]
+            if (x.shape[0], inner) == w[:2]:
+                return (w[0], rows, w[2])
         case Op.GROUPED_MATMUL if len(w) == 3 and len(x.shape) == 2 and x.shape[1] == w[1]:
             if exchange.specs[1].shape == (w[0],):
                 return (x.shape[0], w[2])
+        case Op.WEIGHT_MATMUL if len(w) == len(x.shape) in (2, 3):
+            inner, columns = x.shape[-2:] if not _flipped(exchange) else x.shape[:-3:-1]
+            if (*x.shape[:-2], inner) == (*w[:-2], w[-1]):
+                return (*w[:-1], columns)
         case Op.EMBEDDING if len(w) == 2:
             return (*x.shape, w[1])
         case Op.CONVOLUTION | Op.CONVOLUTION_INPUT_GRAD:
@@ -142,9 +163,17 @@ def _result_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...]:
     )
 
 
+def _flipped(exchange: Exchange) -> bool:
+    """Is the input of a BATCHED_MATMUL or WEIGHT_MATMUL to be read transposed?"""
+    if exchange.params not in ((), (1,)):
+        raise ProtocolError(f"{exchange.op.name.lower()} takes no parameter but 1: x is transposed")
+    return exchange.params == (1,)
+
+
 class ConvolutionParams(NamedTuple):
     """``torch.convolution``'s arguments for n spatial dimensions. On the wire: n, stride × n,
-    padding × n, dilation × n, transposed, output_padding × n, groups."""
+    padding × n, dilation × n, flags, output_padding × n, groups. Flags: 1 transposed, 2 channels
+    last (see `_channels_last`)."""
 
     stride: list[int]
     padding: list[int]
@@ -160,29 +189,43 @@ def _convolution_params(params: tuple[int, ...]) -> tuple[ConvolutionParams, tup
     if not 1 <= n <= 3 or len(params) < 4 * n + 3:
         raise ProtocolError("a convolution's parameters are malformed")
     stride, padding, dilation = (list(params[1 + i * n : 1 + (i + 1) * n]) for i in range(3))
-    transposed = bool(params[1 + 3 * n])
+    transposed = bool(params[1 + 3 * n] & 1)
     output_padding = list(params[2 + 3 * n : 2 + 4 * n])
     groups = params[2 + 4 * n]
     convolution = ConvolutionParams(stride, padding, dilation, transposed, output_padding, groups)
     return convolution, params[3 + 4 * n :]
 
 
+def _channels_last(params: tuple[int, ...]) -> bool:
+    """Are input and result sent as (N, ..., C)? As the client's own tensor lay in memory, for
+    torch chooses the kernel by it, and the last bits differ between kernels."""
+    return bool(params[1 + 3 * params[0]] & 2)
+
+
+def _channels_second(shape: tuple[int, ...], params: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], shape[-1], *shape[1:-1]) if _channels_last(params) else shape
+
+
 def _convolution_shape(exchange: Exchange, view: torch.Tensor) -> tuple[int, ...]:
     """torch's own shape rules, on the meta device: nothing is computed or allocated."""
     x, w = exchange.specs[0], view.to("meta")
     params, input_shape = _convolution_params(exchange.params)
+    if len(x.shape) != len(params.stride) + 2:
+        raise InvalidInput(f"convolution of {x} with {params}")
+    sent = _channels_second(x.shape, exchange.params)
     forward = exchange.op is Op.CONVOLUTION
-    shape = x.shape if forward else input_shape
+    shape = sent if forward else input_shape
     _check_convolution(params, shape, tuple(w.shape))
     try:
         out = tuple(_convolution(w.new_empty(shape), w, None, params).shape)
     except (RuntimeError, ValueError, TypeError) as error:
         raise InvalidInput(f"convolution of input {x}: {error}") from None
-    if forward:
-        return out
-    if out != x.shape:
-        raise InvalidInput(f"a gradient of shape {list(x.shape)} for an output {list(out)}")
-    return input_shape
+    if not forward and out != sent:
+        raise InvalidInput(f"a gradient of shape {list(sent)} for an output {list(out)}")
+    result = out if forward else input_shape
+    if _channels_last(exchange.params):
+        return (result[0], *result[2:], result[1])
+    return result
 
 
 def _check_convolution(
@@ -202,6 +245,18 @@ def _check_convolution(
         )
 
 
+def _convolved(
+    exchange: Exchange, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    last = _channels_last(exchange.params)
+    x = x.movedim(-1, 1) if last else x
+    if exchange.op is Op.CONVOLUTION:
+        y = _convolution(x, w, bias, _convolution_params(exchange.params)[0])
+    else:
+        y = _convolution_input_grad(x, w, exchange.params)
+    return y.movedim(1, -1) if last else y
+
+
 def _convolution(
     x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, params: ConvolutionParams
 ) -> torch.Tensor:
@@ -212,7 +267,10 @@ def _convolution_input_grad(
     dy: torch.Tensor, w: torch.Tensor, params: tuple[int, ...]
 ) -> torch.Tensor:
     conv, input_shape = _convolution_params(params)
-    no_input = dy.new_empty(()).expand(input_shape)
+    if _channels_last(params):
+        no_input = dy.new_empty((input_shape[0], *input_shape[2:], input_shape[1])).movedim(-1, 1)
+    else:
+        no_input = dy.new_empty(()).expand(input_shape)
     grads = torch.ops.aten.convolution_backward(dy, no_input, w, None, *conv, [True, False, False])
     return grads[0]  # type: ignore[no-any-return]
 
@@ -234,11 +292,11 @@ def _run_one(
         case Op.MATMUL:
             y = torch.matmul(x, w)
         case Op.BATCHED_MATMUL:
-            y = torch.bmm(x, w)
+            y = torch.bmm(x.transpose(1, 2) if _flipped(exchange) else x, w)
+        case Op.WEIGHT_MATMUL:
+            y = torch.matmul(w, x.transpose(-2, -1) if _flipped(exchange) else x)
         case Op.GROUPED_MATMUL:
             y = F.grouped_mm(x, w, offs=inputs[1].to(w.device))
-        case Op.CONVOLUTION:
-            y = _convolution(x, w, bias, _convolution_params(exchange.params)[0])
-        case Op.CONVOLUTION_INPUT_GRAD:
-            y = _convolution_input_grad(x, w, exchange.params)
+        case Op.CONVOLUTION | Op.CONVOLUTION_INPUT_GRAD:
+            y = _convolved(exchange, x, w, bias)
     return y.to(dtype).contiguous()

@@ -4,19 +4,23 @@ No torch, no sockets, no threads, no clock: events come in with the time as an a
 come out. So it is tested without any of them, and a simulator can drive it with a virtual clock.
 
 Invariants, stated once: every submitted request leaves exactly once, in a batch whose requests
-share one key and one priority, or through `remove_client`; requests of one client leave in the
-order in which they came; a client is passed over only in favour of one served longer ago.
+share one key and one priority (a large one in several pieces), or through `remove_client` or
+`withdraw`; requests of one client leave in the order in which they came; a client of weight 1 is
+passed over only in favour of one served longer ago, or for a bounded hold.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Hashable
 from typing import Literal, NamedTuple, get_args
 
+from symbiosis.executor.alignment import Alignment
+from symbiosis.executor.training import TrainingShare
 from symbiosis.wire.exchange import Priority
 
-Policy = Literal["greedy", "lockstep", "none"]
+Policy = Literal["align", "greedy", "lockstep", "none"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
@@ -29,25 +33,51 @@ class Request(NamedTuple):
     rows: int
     priority: Priority
     arrived_s: float
+    opens: bool = False  # a hint: a token starts with it (an embedding lookup)
+    divisible: bool = False  # its rows are independent of one another
+
+
+class Terms(NamedTuple):
+    """What a client may ask for when it attaches."""
+
+    weight: float = 1.0  # its turn comes as if it had been served that many times longer ago
+    deadline_s: float = math.inf  # its exchanges are not held for others beyond that
 
 
 class Batch(NamedTuple):
-    """Requests with one key, to be computed together."""
+    """Requests with one key, to be computed together; or a piece of a single one."""
 
     requests: tuple[Request, ...]
+    start: int = 0
+    stop: int | None = None  # of the one request's rows; None: all
 
     @property
     def rows(self) -> int:
+        if self.stop is not None:
+            return self.stop - self.start
         return sum(request.rows for request in self.requests)
 
     @property
     def priority(self) -> Priority:
         return self.requests[0].priority
 
+    @property
+    def is_piece(self) -> bool:
+        return self.stop is not None
+
+    @property
+    def completes(self) -> bool:
+        """Are its requests answered once it has run?"""
+        return self.stop is None or self.stop == self.requests[0].rows
+
 
 class Scheduler:
     """Chooses batches by policy.
 
+    - ``align``: a decoder is held, for a bounded time, at the start of a token for the others to
+      come by, and later for those just behind, so that they go through the layers together; see
+      `Alignment`. Training runs when it is owed, or when it is done before a decoder comes back,
+      and in pieces while anybody decodes.
     - ``greedy``: opportunistic batching as in the paper: the client served longest ago goes
       first, and every waiting request for the same weight and operation joins it. Nobody waits
       for anybody.
@@ -63,7 +93,7 @@ class Scheduler:
 
     def __init__(
         self,
-        policy: Policy = "greedy",
+        policy: Policy = "align",
         *,
         max_rows: int = 8192,
         training_share: float = 0.2,
@@ -74,19 +104,26 @@ class Scheduler:
         if not 0 <= training_share < 1:
             raise ValueError(f"training_share is {training_share}; it must be in [0, 1)")
         self.policy = policy
+        self.alignment = Alignment()
         self._max_rows = max_rows
-        self._training_rate = training_share / (1 - training_share)
+        self._training = TrainingShare(training_share)
         self._hold_s = lockstep_hold_s
         self._queues: dict[int, deque[Request]] = {}
         self._last_served: dict[int, int] = {}
         self._last_seen_s: dict[int, float] = {}
+        self._terms: dict[int, Terms] = {}
+        self._begun: dict[int, int] = {}  # request → rows computed in pieces
+        self._held: set[int] = set()  # clients whose next request has been held
+        self._resting_since_s: float | None = None  # training waits, and nothing runs
         self._serial = 0
-        self._training_debt_s = 0.0  # executor time that training is owed
-        self._training_cost_s = 0.0  # what its last batch took
 
     def __len__(self) -> int:
         """Requests waiting."""
         return sum(map(len, self._queues.values()))
+
+    def admit(self, client: int, terms: Terms) -> None:
+        """A client has attached, with terms of its own."""
+        self._terms[client] = terms
 
     def submit(self, request: Request) -> None:
         """A request has arrived."""
@@ -97,32 +134,46 @@ class Scheduler:
             self._last_served.setdefault(client, self._serial)
         queue.append(request)
         self._last_seen_s[client] = request.arrived_s
+        if self.policy == "align" and request.priority is Priority.INTERACTIVE:
+            self.alignment.arrived(client, request.key, request.opens, request.arrived_s)
 
     def remove_client(self, client: int) -> list[int]:
         """A client has gone: forget it; the ids of its requests that will not run."""
         dropped = self._queues.pop(client, deque())
+        for request in dropped:
+            self._begun.pop(request.id, None)
         self._last_served.pop(client, None)
         self._last_seen_s.pop(client, None)
+        self._terms.pop(client, None)
+        self._held.discard(client)
+        self.alignment.left(client)
         return [request.id for request in dropped]
+
+    def withdraw(self, request: Request) -> None:
+        """A piece of ``request`` has failed: the others need not run."""
+        if self._begun.pop(request.id, None) is not None and request.client in self._queues:
+            self._queues[request.client].popleft()
 
     def next_batch(self, now_s: float) -> Batch | None:
         """The batch to run now, or None: nothing waits, or `wake_at` says when to ask again."""
-        heads = [queue[0] for queue in self._queues.values() if queue]
-        if not heads or (self.policy == "lockstep" and now_s < self._released_at(heads, now_s)):
+        heads = self._heads()
+        if not heads:
             return None
-        if len(heads) == 1:
-            return self._take(heads)
-        priority = self._whose_turn(heads)
-        heads = [head for head in heads if head.priority == priority]
-        leader = self._leader(heads)
-        if self.policy == "none":
-            return self._take([leader])
-        return self._take(self._joined(leader, heads))
+        leader, _ = self._choose(heads, now_s)
+        self._rest(leader is None and any(head.priority for head in heads), now_s)
+        if leader is None:
+            return None
+        self.alignment.looked(now_s)
+        if self.policy == "align" and leader.priority is Priority.TRAINING:
+            return self._training_batch(leader, heads, now_s)
+        if self.policy == "none" or len(heads) == 1:
+            return self._take([leader], now_s)
+        return self._take(self._joined(leader, heads, self._max_rows), now_s)
 
     def wake_at(self, now_s: float) -> float | None:
-        """When a held batch will be released even if nothing else arrives."""
-        heads = [queue[0] for queue in self._queues.values() if queue]
-        return self._released_at(heads, now_s) if heads else None
+        """When to ask again even if nothing else arrives; None when nothing waits."""
+        heads = self._heads()
+        return self._choose(heads, now_s)[1] if heads else None
 
     def finished(self, batch: Batch, now_s: float, elapsed_s: float) -> None:
         """``batch`` has run until ``now_s`` and took ``elapsed_s`` of the executor's time."""
@@ -130,45 +181,155 @@ class Scheduler:
             if request.client in self._last_seen_s:
                 self._last_seen_s[request.client] = now_s
         if batch.priority is Priority.TRAINING:
-            self._training_cost_s = elapsed_s
-            self._training_debt_s = max(0.0, self._training_debt_s - elapsed_s)
-        elif any(queue and queue[0].priority for queue in self._queues.values()):
-            self._training_debt_s += elapsed_s * self._training_rate
+            self._training.ran(batch.requests[0].key, batch.rows, elapsed_s)
+            self.alignment.trained(now_s)
+            return
+        self._training.decoded(elapsed_s)
+        for request in batch.requests:
+            self.alignment.answered(request.client, elapsed_s, now_s)
+        if any(queue and queue[0].priority for queue in self._queues.values()):
+            self._training.passed_over(elapsed_s)
 
-    def _whose_turn(self, heads: list[Request]) -> Priority:
-        waiting = {head.priority for head in heads}
-        if len(waiting) == 1:
-            return waiting.pop()
-        due = self._training_debt_s > 0 and self._training_debt_s >= self._training_cost_s
-        return Priority.TRAINING if due else Priority.INTERACTIVE
+    def _heads(self) -> list[Request]:
+        return [queue[0] for queue in self._queues.values() if queue]
 
-    def _leader(self, heads: list[Request]) -> Request:
+    # Who goes first
+
+    def _choose(self, heads: list[Request], now_s: float) -> tuple[Request | None, float]:
+        """Whose turn it is, with `now_s`; or nobody's, and when to ask again."""
+        if self.policy == "align":
+            return self._aligned(heads, now_s)
         if self.policy == "lockstep":
-            sizes: dict[Hashable, int] = {}
-            for head in heads:
-                sizes[head.key] = sizes.get(head.key, 0) + 1
-            fullest = min(heads, key=lambda head: (-sizes[head.key], self._turn(head)))
-            oldest = min(heads, key=self._turn)
-            passed_over = self._serial - self._last_served[oldest.client]
-            return oldest if passed_over > len(self._queues) else fullest
-        return min(heads, key=self._turn)
+            released_s = self._released_at(heads, now_s)
+            return (
+                self._fullest(self._in_turn(heads)) if now_s >= released_s else None
+            ), released_s
+        return min(self._in_turn(heads), key=self._turn), now_s
 
-    def _turn(self, head: Request) -> tuple[int, float, int]:
-        return self._last_served[head.client], head.arrived_s, head.id
+    def _in_turn(self, heads: list[Request]) -> list[Request]:
+        """Those of the priority whose turn it is."""
+        first = Priority.TRAINING if self._training.owed() else Priority.INTERACTIVE
+        return [head for head in heads if head.priority == first] or heads
 
-    def _joined(self, leader: Request, heads: list[Request]) -> list[Request]:
-        batch, rows = [leader], leader.rows
+    def _turn(self, head: Request) -> tuple[float, float, int]:
+        waited = self._serial - self._last_served[head.client]
+        return -waited * self._terms_of(head.client).weight, head.arrived_s, head.id
+
+    def _terms_of(self, client: int) -> Terms:
+        return self._terms.get(client, _NO_TERMS)
+
+    def _fullest(self, heads: list[Request]) -> Request:
+        """Lockstep's choice; a client passed over too often comes first."""
+        sizes: dict[Hashable, int] = {}
+        for head in heads:
+            sizes[head.key] = sizes.get(head.key, 0) + 1
+        oldest = min(heads, key=self._turn)
+        passed_over = self._serial - self._last_served[oldest.client]
+        if passed_over > len(self._queues):
+            return oldest
+        return min(heads, key=lambda head: (-sizes[head.key], self._turn(head)))
+
+    # Align
+
+    def _aligned(self, heads: list[Request], now_s: float) -> tuple[Request | None, float]:
+        interactive = [head for head in heads if head.priority is Priority.INTERACTIVE]
+        training = [head for head in heads if head.priority is Priority.TRAINING]
+        if training and (not interactive or now_s + self._owed_in_s(now_s) <= now_s):
+            trainer = min(training, key=self._turn)
+            wake_s = self._training_waits_until(trainer, now_s)
+            return (trainer, now_s) if wake_s <= now_s else (None, wake_s)
+        decoder, wake_s = self._first_released(interactive, now_s)
+        if decoder is None and training:
+            wake_s = min(wake_s, now_s + self._owed_in_s(now_s))
+        return decoder, wake_s
+
+    def _first_released(self, heads: list[Request], now_s: float) -> tuple[Request | None, float]:
+        """The first in turn that is held for nobody; else when the first hold ends."""
+        wake_s, asked = math.inf, set()
         for head in sorted(heads, key=self._turn):
-            if head is not leader and head.key == leader.key and rows + head.rows <= self._max_rows:
+            if head.key in asked:
+                continue
+            asked.add(head.key)
+            group = [other for other in heads if other.key == head.key]
+            released_s = self.alignment.release_s(
+                head.key,
+                {other.client: other.arrived_s for other in group},
+                min(o.arrived_s + self._terms_of(o.client).deadline_s for o in group),
+                now_s,
+            )
+            if released_s <= now_s:
+                return head, now_s
+            self._held.update(other.client for other in group)
+            wake_s = min(wake_s, released_s)
+        return None, wake_s
+
+    def _training_waits_until(self, trainer: Request, now_s: float) -> float:
+        """For a decoder that would be back before the trainer's next piece is done."""
+        owed_s = now_s + self._owed_in_s(now_s)
+        back_s, late_s = self.alignment.idle_until(now_s)
+        rows = self._piece(trainer, now_s)
+        if owed_s <= now_s or back_s - now_s >= self._training.estimate_s(trainer.key, rows):
+            return now_s
+        return min(owed_s, late_s)
+
+    def _owed_in_s(self, now_s: float) -> float:
+        rested_s = 0.0 if self._resting_since_s is None else now_s - self._resting_since_s
+        return self._training.owed_in_s() - rested_s
+
+    def _rest(self, rests: bool, now_s: float) -> None:
+        """Time in which training waits and nothing runs is owed to it, too."""
+        if self._resting_since_s is not None and not rests:
+            self._training.passed_over(now_s - self._resting_since_s)
+            self._resting_since_s = None
+        elif rests and self._resting_since_s is None:
+            self._resting_since_s = now_s
+
+    def _most_rows(self, trainer: Request, now_s: float) -> int:
+        """Rows of training to compute at once: as ever, unless somebody else decodes."""
+        if self.alignment.anyone_but(trainer.client, now_s):
+            return min(self._max_rows, self._training.most_rows(trainer.key))
+        return self._max_rows
+
+    def _piece(self, trainer: Request, now_s: float) -> int:
+        """Rows of one training request to compute now; pieces are of about equal size."""
+        rest, most = trainer.rows - self._begun.get(trainer.id, 0), self._most_rows(trainer, now_s)
+        if not trainer.divisible or rest <= most or most == self._max_rows:
+            return rest
+        return math.ceil(rest / math.ceil(rest / most))
+
+    def _training_batch(self, leader: Request, heads: list[Request], now_s: float) -> Batch:
+        rows, done = self._piece(leader, now_s), self._begun.get(leader.id, 0)
+        if rows == leader.rows:
+            heads = [head for head in heads if head.id not in self._begun]
+            return self._take(self._joined(leader, heads, self._most_rows(leader, now_s)), now_s)
+        if done + rows == leader.rows:
+            del self._begun[leader.id]
+            self._take([leader], now_s)
+        else:
+            self._begun[leader.id] = done + rows
+            self._serial += 1
+            self._last_served[leader.client] = self._serial
+        return Batch((leader,), done, done + rows)
+
+    # With whom
+
+    def _joined(self, leader: Request, heads: list[Request], most: int) -> list[Request]:
+        batch, rows = [leader], leader.rows
+        alike = [h for h in heads if h.key == leader.key and h.priority == leader.priority]
+        for head in sorted(alike, key=self._turn):
+            if head is not leader and rows + head.rows <= most:
                 batch.append(head)
                 rows += head.rows
         return batch
 
-    def _take(self, requests: list[Request]) -> Batch:
+    def _take(self, requests: list[Request], now_s: float) -> Batch:
         self._serial += 1
         for request in requests:
             self._queues[request.client].popleft()
             self._last_served[request.client] = self._serial
+            if request.client in self._held:
+                self._held.remove(request.client)
+                self.alignment.was_held(request.client, now_s - request.arrived_s)
         return Batch(tuple(requests))
 
     def _released_at(self, heads: list[Request], now_s: float) -> float:
@@ -178,3 +339,6 @@ class Scheduler:
         if all(client in waiting for client in at_work):
             return now_s
         return min(head.arrived_s for head in heads) + self._hold_s
+
+
+_NO_TERMS = Terms()

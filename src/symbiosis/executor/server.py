@@ -19,10 +19,12 @@ from typing import Protocol
 import torch
 
 from symbiosis.errors import ConnectionLost, ProtocolError, SymbiosisError
+from symbiosis.executor.admission import Admission
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.ops import Plan
+from symbiosis.transport.arena import ArenaUnfit, AttachedArena, receive_with_descriptors
 from symbiosis.transport.sockets import Address, exchange_parts, listen, tune
-from symbiosis.wire.exchange import Exchange, Result, pack_result, unpack_exchange
+from symbiosis.wire.exchange import Exchange, Result, pack_result
 from symbiosis.wire.frames import (
     Frame,
     FrameReader,
@@ -33,7 +35,8 @@ from symbiosis.wire.frames import (
     error_frame,
     json_frame,
 )
-from symbiosis.wire.tensors import as_bytes, from_payload, offsets, spec_of
+from symbiosis.wire.places import Places
+from symbiosis.wire.tensors import as_bytes, from_payload, spec_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +45,8 @@ MAX_IN_FLIGHT = 16
 are not taken, the connection is not read: that is the back-pressure."""
 
 
-_MISFIT = "an exchange's payload does not fit its description"
-_MOST_ADMITTED = 16384
-_SHORT_META_BYTES = 256
+_Answer = tuple[int, Result | SymbiosisError, Places | None]
+"""Request, outcome, and the places for its results."""
 
 
 class Desk(Protocol):
@@ -74,9 +76,9 @@ class Server:
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
-        self._from_other_threads: deque[tuple[_Connection, int, Result | SymbiosisError]] = deque()
+        self._from_other_threads: deque[tuple[_Connection, _Answer]] = deque()
         self._resumable: set[_Connection] = set()
-        self._admitted: dict[bytes, tuple[Exchange, Plan, int]] = {}
+        self.admission = Admission(engine, limits)
         self._stopping = False
         self._thread = threading.get_ident()
         try:
@@ -111,33 +113,18 @@ class Server:
             self._waker.send(b"\0")
 
     def reply(
-        self, connection: _Connection, request: int, outcome: Result | SymbiosisError
+        self,
+        connection: _Connection,
+        request: int,
+        outcome: Result | SymbiosisError,
+        places: Places | None = None,
     ) -> None:
         """Send an answer; from any thread."""
         if threading.get_ident() == self._thread:
-            connection.answer(request, outcome)
+            connection.answer(request, outcome, places)
         else:
-            self._from_other_threads.append((connection, request, outcome))
+            self._from_other_threads.append((connection, (request, outcome, places)))
             self._waker.send(b"\0")
-
-    def admit(self, meta: bytes, payload_bytes: int) -> tuple[Exchange, Plan]:
-        """Check an exchange before memory is allocated for it. A client sends the same few meta
-        sections again and again, so what was found out about one is kept."""
-        known = self._admitted.get(meta)
-        if known is None:
-            exchange = unpack_exchange(meta)
-            expected = offsets(exchange.specs)[1]
-            if expected != payload_bytes:
-                raise ProtocolError(_MISFIT)
-            known = exchange, self.engine.admit(exchange), expected
-            if len(meta) <= _SHORT_META_BYTES:
-                if len(self._admitted) >= _MOST_ADMITTED:
-                    self._admitted.clear()
-                self._admitted[meta] = known
-        exchange, plan, expected = known
-        if expected != payload_bytes:
-            raise ProtocolError(_MISFIT)
-        return exchange, plan
 
     def resume(self, connection: _Connection) -> None:
         """A connection that held frames back can take them now."""
@@ -166,8 +153,8 @@ class Server:
             else:
                 self._accept(key.fileobj)  # type: ignore[arg-type]
         while self._from_other_threads:
-            connection, request, outcome = self._from_other_threads.popleft()
-            connection.answer(request, outcome)
+            connection, answer = self._from_other_threads.popleft()
+            connection.answer(*answer)
         while self._resumable:
             self._resumable.pop().resume()
 
@@ -212,6 +199,8 @@ class _Connection:
         self._transport = transport
         self._reader = FrameReader(server.limits, self._admit)
         self._client: int | None = None
+        self._descriptors: tuple[int, ...] = ()  # came with HELLO, not yet mapped
+        self._arena: AttachedArena | None = None
         self._outbox: deque[memoryview] = deque()
         self._in_flight = 0
         self._events = selectors.EVENT_READ
@@ -248,7 +237,9 @@ class _Connection:
             )
             self.fail(SymbiosisError("internal error in the executor; its log says more"))
 
-    def answer(self, request: int, outcome: Result | SymbiosisError) -> None:
+    def answer(
+        self, request: int, outcome: Result | SymbiosisError, places: Places | None = None
+    ) -> None:
         """An exchange has been computed or refused."""
         if self._closed:
             return
@@ -257,10 +248,14 @@ class _Connection:
             self._send([error_frame(request, outcome)])
         else:
             tensors = outcome.tensors
-            if not tensors[0].is_cpu:
-                tensors = tuple(tensor.cpu() for tensor in tensors)
             specs = tuple([spec_of(tensor) for tensor in tensors])
             meta = pack_result(outcome, specs)
+            if places is not None:
+                assert self._arena is not None
+                tensors = self._arena.deliver(places, tensors)
+                specs = tuple([spec_of(tensor) for tensor in tensors])
+            if tensors and not tensors[0].is_cpu:
+                tensors = tuple(tensor.cpu() for tensor in tensors)
             parts = exchange_parts(Kind.RESULT, request, meta, specs, tensors)
             self._count(bytes_out=sum(map(len, parts)))
             self._send(parts)
@@ -282,6 +277,8 @@ class _Connection:
         self._held_back = False
         self._server.watch(self, 0)
         self.socket.close()
+        self._drop_descriptors()
+        self._arena = None
         self._outbox.clear()
         self._server.closed(self)
         if self._client is not None:
@@ -289,7 +286,10 @@ class _Connection:
 
     def _read(self) -> None:
         try:
-            received = self.socket.recv_into(self._reader.buffer())
+            if self._client is None and self._transport == "unix":
+                received = self._receive_greeting()
+            else:
+                received = self.socket.recv_into(self._reader.buffer())
         except BlockingIOError:
             return
         if not received:
@@ -297,6 +297,20 @@ class _Connection:
             return
         self._reader.received(received)
         self._work()
+
+    def _receive_greeting(self) -> int:
+        """A descriptor may come with HELLO; one that comes later is dropped by the kernel."""
+        received, descriptors = receive_with_descriptors(self.socket, self._reader.buffer())
+        if descriptors and self._descriptors:
+            self._drop_descriptors(descriptors)
+            raise ProtocolError("a second descriptor came; a client hands over one arena")
+        self._descriptors += descriptors
+        return received
+
+    def _drop_descriptors(self, more: tuple[int, ...] = ()) -> None:
+        for descriptor in (*self._descriptors, *more):
+            os.close(descriptor)
+        self._descriptors = ()
 
     def _work(self) -> None:
         """Handle the frames that are there, as long as their answers are taken."""
@@ -319,7 +333,11 @@ class _Connection:
         if (kind is Kind.HELLO) != (self._client is None):
             raise ProtocolError(f"unexpected {kind.name} frame: HELLO comes first, and once")
         if kind is Kind.EXCHANGE:
-            return self._server.admit(meta, payload_bytes)
+            return self._server.admission.admit(meta, payload_bytes)
+        if kind is Kind.PLACED:
+            if self._arena is None:
+                raise ProtocolError("an exchange with places, but no arena is attached")
+            return self._server.admission.admit_placed(meta, payload_bytes, self._arena.size_bytes)
         if payload_bytes or kind not in (Kind.HELLO, Kind.REQUEST):
             raise ProtocolError(f"a client may not send a {kind.name} frame like this")
         return None
@@ -330,24 +348,45 @@ class _Connection:
         self._send([error_frame(rejected.request, rejected.error)])
 
     def _handle(self, frame: Frame) -> None:
-        if frame.kind is Kind.EXCHANGE:
+        if frame.kind is Kind.EXCHANGE or frame.kind is Kind.PLACED:
             assert isinstance(frame.admitted, tuple)
             self._exchange(frame, *frame.admitted)
         elif frame.kind is Kind.HELLO:
-            self._client, welcome = self._server.desk.attach(frame.json(), self._transport)
-            self._send([json_frame(Kind.WELCOME, 0, welcome)])
+            self._greeted(frame.json())
         else:
             self._request(frame)
 
-    def _exchange(self, frame: Frame, exchange: Exchange, plan: Plan) -> None:
+    def _greeted(self, hello: Json) -> None:
+        if bool(hello.get("arena")) != bool(self._descriptors):
+            raise ProtocolError("an arena is announced and its descriptor sent, both or neither")
+        client, welcome = self._server.desk.attach(hello, self._transport)
+        self._client = client
+        if self._descriptors:
+            try:
+                self._arena = AttachedArena(self._descriptors[0])
+                welcome = {**welcome, "arena": True}
+            except (ArenaUnfit, OSError) as error:
+                logger.warning("client %d: its arena is not taken: %s", client, error)
+                welcome = {**welcome, "arena": str(error)}
+            self._drop_descriptors()
+        self._send([json_frame(Kind.WELCOME, 0, welcome)])
+
+    def _exchange(
+        self, frame: Frame, exchange: Exchange, plan: Plan, places: Places | None
+    ) -> None:
         assert self._client is not None
         self._in_flight += 1
         self._count(bytes_in=len(frame.meta) + len(frame.payload))
+        if places is None:
+            tensors = from_payload(frame.payload, exchange.specs)
+        else:
+            assert self._arena is not None
+            tensors = self._arena.inputs(places, exchange.specs, frame.payload)
         self._server.engine.submit(
             self._client,
-            exchange._replace(tensors=from_payload(frame.payload, exchange.specs)),
+            exchange._replace(tensors=tensors),
             plan,
-            lambda outcome: self._server.reply(self, frame.request, outcome),
+            lambda outcome: self._server.reply(self, frame.request, outcome, places),
         )
 
     def _request(self, frame: Frame) -> None:

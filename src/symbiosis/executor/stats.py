@@ -77,7 +77,8 @@ class Stats:
 
     def batch_ran(self, op: Op, size: int, rows: int, now_s: float, compute_s: float) -> None:
         self.exchanges += size
-        self.batches[size] += 1
+        if size:
+            self.batches[size] += 1
         self.operations[op] += size
         self.compute_s += compute_s
         self.exchange_rate.add(now_s, size)

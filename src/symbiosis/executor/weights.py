@@ -106,8 +106,8 @@ class Weights:
         self.architecture = type(model).__name__
         self._views: dict[tuple[int, Recipe], torch.Tensor] = {}
         self._hosted: dict[int, HostedWeight] = {}
-        self._biases: dict[int, torch.Tensor] = {}
-        self.bias_ids: dict[str, int] = {}
+        self._vectors: dict[int, torch.Tensor] = {}
+        self.vector_ids: dict[str, int] = {}
         self.shipped: dict[str, torch.Tensor] = {}
         first = next(model.parameters())
         self.device = first.device
@@ -183,12 +183,13 @@ class Weights:
                 f"{len(self._hosted)}"
             ) from None
 
-    def bias(self, bias_id: int) -> torch.Tensor:
-        """A frozen bias by its id, shape (O,); raises UnknownWeight."""
+    def vector(self, vector_id: int) -> torch.Tensor:
+        """A shipped one-dimensional parameter (a bias, a norm's weight) by its id, shape (D,);
+        raises UnknownWeight."""
         try:
-            return self._biases[bias_id]
+            return self._vectors[vector_id]
         except KeyError:
-            raise UnknownWeight(f"bias {bias_id} is not hosted here") from None
+            raise UnknownWeight(f"vector {vector_id} is not hosted here") from None
 
     def view(self, weight_id: int, recipe: Recipe) -> torch.Tensor:
         """The weight as the recipe looks at it; raises UnknownWeight, InvalidInput.
@@ -236,7 +237,7 @@ class Weights:
         names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
-        head = model.get_output_embeddings() if self.quantization is not None else None
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         for path, module in model.named_modules():
             for name, tensor in _tensors_of(module):
                 full = f"{path}.{name}" if path else name
@@ -272,10 +273,10 @@ class Weights:
     def _ship(self, name: str, tensor: torch.Tensor) -> None:
         data = tensor.detach().clone(memory_format=torch.contiguous_format)
         self.shipped[name] = data
-        if data.dim() == 1 and name.rsplit(".", 1)[-1] == "bias":
-            number = len(self._biases) + 1
-            self._biases[number] = data
-            self.bias_ids[name] = number
+        if data.dim() == 1 and data.is_floating_point():
+            number = len(self._vectors) + 1
+            self._vectors[number] = data
+            self.vector_ids[name] = number
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

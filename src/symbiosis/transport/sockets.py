@@ -1,13 +1,15 @@
 """UNIX and TCP sockets: addresses, listening, and the client's blocking channel.
 
 Payload bytes go from the tensor's memory to the kernel and from there into the result's memory;
-nothing is pickled and nothing else is copied.
+nothing is pickled and nothing else is copied. Large tensors between processes of one host lie in
+memory that both have mapped (`arena`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import stat
@@ -24,6 +26,7 @@ from symbiosis.errors import (
     SymbiosisError,
     from_code,
 )
+from symbiosis.transport.arena import Arena, Laid
 from symbiosis.wire.exchange import Exchange, Result, pack_exchange, unpack_result
 from symbiosis.wire.frames import (
     Frame,
@@ -34,7 +37,10 @@ from symbiosis.wire.frames import (
     json_frame,
     pack_header,
 )
+from symbiosis.wire.places import pack_places
 from symbiosis.wire.tensors import ALIGNMENT, TensorSpec, as_bytes, from_payload, offsets
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_TCP_PORT = 7420
 _BUFFER_BYTES = 4 << 20
@@ -151,17 +157,23 @@ def exchange_parts(
 class SocketChannel:
     """A client's blocking connection to an executor; see `Channel`."""
 
-    def __init__(self, url: str, hello: Json, *, timeout_s: float = 10.0) -> None:
+    def __init__(
+        self, url: str, hello: Json, *, timeout_s: float = 10.0, arena_bytes: int = 0
+    ) -> None:
         """Connect and shake hands within ``timeout_s``; later waits are not limited.
 
-        Raises ConnectionFailed, ProtocolError.
+        ``arena_bytes`` is the address space of the memory that is shared with an executor behind
+        a UNIX socket, 0 for none; without it everything goes through the socket. Raises
+        ConnectionFailed, ProtocolError.
         """
         self._url = url
         self._request = 0
+        self._awaited = _Awaited()
         self._socket = self._dial(Address.parse(url), timeout_s)
-        self._reader = FrameReader(_CLIENT_LIMITS, _admit)
+        self._reader = FrameReader(_CLIENT_LIMITS, self._awaited.admit)
+        self._arena = self._make_arena(arena_bytes)
         try:
-            self._send([json_frame(Kind.HELLO, 0, hello)])
+            self._greet(hello)
             self.welcome = self._expect(Kind.WELCOME).json()
             limit = self.welcome.get("max_payload_bytes")
             self._max_payload_bytes = limit if isinstance(limit, int) else 1 << 30
@@ -171,24 +183,45 @@ class SocketChannel:
         except BaseException:
             self.close()
             raise
+        if self._arena is not None:
+            self._arena.close_descriptor()
+            if self.welcome.get("arena") is not True:
+                logger.warning("%s takes no arena: %s", url, self.welcome.get("arena"))
+                self._arena = None
         self._socket.settimeout(None)
 
     def exchange(self, exchange: Exchange) -> Result:
         self._request += 1
         meta = pack_exchange(exchange)
-        tensors = exchange.tensors
-        if not tensors[0].is_cpu:
+        tensors, specs, kind = exchange.tensors, exchange.specs, Kind.EXCHANGE
+        product, elements = exchange[:5], tensors[0].numel()
+        if self._arena is not None:
+            self._awaited.laid = laid = self._arena.lay_out(product, tensors, specs)
+            if laid is not None:
+                tensors, specs, kind = laid.inline, laid.places.inline(specs), Kind.PLACED
+                meta = pack_places(laid.places) + meta
+        if tensors and not tensors[0].is_cpu:
             tensors = tuple(tensor.cpu() for tensor in tensors)
-        parts = exchange_parts(Kind.EXCHANGE, self._request, meta, exchange.specs, tensors)
+        parts = exchange_parts(kind, self._request, meta, specs, tensors)
         if sum(map(len, parts)) - len(parts[0]) > self._max_payload_bytes:
             raise InvalidInput(
                 f"an input of {', '.join(map(str, exchange.specs))} exceeds the executor's limit "
                 f"of {self._max_payload_bytes} bytes: use a smaller batch or shorter sequences"
             )
         self._send(parts)
-        frame = self._expect(Kind.RESULT)
+        try:
+            frame = self._expect(Kind.RESULT)
+        except SymbiosisError:  # refused, or nobody is there: nobody uses the places any more
+            self._awaited.laid = None
+            raise
         assert isinstance(frame.admitted, tuple)
         result, specs = frame.admitted
+        if self._arena is not None:
+            self._arena.learn(product, elements, specs)
+            if self._awaited.laid is not None:
+                found = self._awaited.laid.results(specs, frame.payload)
+                self._awaited.laid = None
+                return Result(found, *result[1:])
         return Result(from_payload(frame.payload, specs), *result[1:])
 
     def request(self, question: Json) -> tuple[Json, torch.Tensor]:
@@ -199,6 +232,31 @@ class SocketChannel:
 
     def close(self) -> None:
         self._socket.close()
+        if self._arena is not None:
+            self._arena.close()
+        self._arena = self._awaited.laid = None  # tensors that lie there keep the memory
+
+    def _make_arena(self, arena_bytes: int) -> Arena | None:
+        if not arena_bytes or self._socket.family != socket.AF_UNIX:
+            return None
+        try:
+            return Arena(arena_bytes)
+        except (OSError, AttributeError, ValueError) as error:
+            logger.warning(
+                "no memory to share with %s, so everything is sent: %s", self._url, error
+            )
+            return None
+
+    def _greet(self, hello: Json) -> None:
+        if self._arena is None:
+            self._send([json_frame(Kind.HELLO, 0, hello)])
+            return
+        greeting = json_frame(Kind.HELLO, 0, {**hello, "arena": True})
+        try:
+            sent = socket.send_fds(self._socket, [greeting], [self._arena.descriptor])
+        except OSError as error:
+            raise self._lost(error) from None
+        self._send([memoryview(greeting)[sent:]])
 
     def _dial(self, address: Address, timeout_s: float) -> socket.socket:
         try:
@@ -264,10 +322,19 @@ class SocketChannel:
         return ConnectionLost(f"the executor at {self._url} has gone{reason}")
 
 
-def _admit(kind: Kind, meta: bytes, payload_bytes: int) -> object:
-    if kind is not Kind.RESULT:
-        return None
-    result, specs = unpack_result(meta)
-    if offsets(specs)[1] != payload_bytes:
-        raise ProtocolError("a result's payload does not fit its description")
-    return result, specs
+class _Awaited:
+    """What the reader must know of the exchange under way. (Not the channel itself: a cycle
+    would keep a forgotten channel's socket open.)"""
+
+    def __init__(self) -> None:
+        self.laid: Laid | None = None
+
+    def admit(self, kind: Kind, meta: bytes, payload_bytes: int) -> object:
+        """See `Admit`."""
+        if kind is not Kind.RESULT:
+            return None
+        result, specs = unpack_result(meta)
+        inline = specs if self.laid is None else self.laid.outside(specs)
+        if offsets(inline)[1] != payload_bytes:
+            raise ProtocolError("a result's payload does not fit its description")
+        return result, specs

@@ -31,11 +31,14 @@ class Op(enum.IntEnum):
 
     LINEAR = 1  # x (..., I), W (O, I) → x Wᵀ + b (..., O)
     MATMUL = 2  # x (..., I), W (I, O) → x W + b (..., O); also GPT-2's Conv1D
-    BATCHED_MATMUL = 3  # x (E, T, I), W (E, I, O) → x W (E, T, O)
+    BATCHED_MATMUL = 3  # x (E, T, I), W (E, I, O) → x W (E, T, O); with parameter 1 x is (E, I, T)
     GROUPED_MATMUL = 4  # x (T, I) sorted by expert, offsets (E,) int32, W (E, I, O) → (T, O)
     EMBEDDING = 5  # ids (...) int, W (V, O) → (..., O)
     CONVOLUTION = 6  # x (N, C, ...), W, b; params: `ConvolutionParams`
     CONVOLUTION_INPUT_GRAD = 7  # dy (N, C', ...), W; params, then the input's shape
+    CHAIN = 8  # products and row-wise arithmetic between them; params: `wire.chain.pack_chain`
+    WEIGHT_MATMUL = 9  # x (I, T), W (O, I) → W x (O, T), both perhaps with (E, ...) in front;
+    # with the parameter 1, x comes as (T, I), for the layout in memory can decide the last bits
 
 
 class Priority(enum.IntEnum):
@@ -59,7 +62,7 @@ class Exchange(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One tensor per weight of the exchange, and how the time was spent."""
+    """One tensor per weight of the exchange (one for a chain), and how the time was spent."""
 
     tensors: tuple[torch.Tensor, ...]
     queue_us: int  # from arrival to the start of its batch
@@ -67,7 +70,7 @@ class Result(NamedTuple):
     batch_size: int  # exchanges in that batch
 
 
-_FIXED = struct.Struct("<BBBBB")
+_FIXED = struct.Struct("<BBBBH")
 _RESULT = struct.Struct("<IIH")
 
 

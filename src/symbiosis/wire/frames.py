@@ -36,6 +36,7 @@ class Kind(enum.IntEnum):
     EXCHANGE = 5  # c→e, binary: one operation on frozen weights
     RESULT = 6  # e→c, binary: its outcome
     ERROR = 7  # e→c, JSON: {"code", "message"}, for the request or (request 0) the connection
+    PLACED = 8  # c→e, binary: an EXCHANGE with tensors in the arena, after where they lie
 
 
 _KINDS = {int(kind): kind for kind in Kind}

@@ -12,6 +12,9 @@ import torch
 
 from symbiosis.errors import ProtocolError
 
+MOST_COPIED = 1 << 24
+"""Elements. A product that broadcasts a weight over a batch copies it so often; this is how far."""
+
 Recipe = tuple[int, ...]
 """Flat: for each step its `View`, the number of its arguments, the arguments."""
 
@@ -36,7 +39,7 @@ def look(tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     Raises ProtocolError if the recipe is malformed; IndexError, RuntimeError, TypeError or
     ValueError, as torch does, if it does not fit the tensor.
     """
-    at, most = 0, tensor.numel()
+    at, most = 0, max(tensor.numel(), MOST_COPIED)
     while at < len(recipe):
         if at + 2 > len(recipe) or recipe[at + 1] < 0 or at + 2 + recipe[at + 1] > len(recipe):
             raise ProtocolError("a view recipe is cut short")
@@ -44,7 +47,7 @@ def look(tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
             raise ProtocolError(f"a view recipe holds an unknown step: {recipe[at]}")
         end = at + 2 + recipe[at + 1]
         if recipe[at] == View.CONTIGUOUS and tensor.numel() > most:
-            raise ValueError("a copy larger than the weight itself")
+            raise ValueError(f"a copy of {tensor.numel()} elements, more than {most}")
         tensor = _step(tensor, View(recipe[at]), recipe[at + 2 : end])
         at = end
     return tensor

@@ -1,0 +1,115 @@
+"""Forward products, with what will be asked for next.
+
+Two ways to need fewer exchanges than products: products on the very same input are asked for
+together (`symbiosis.client.groups`), and a decoder's next products are asked for ahead
+(`symbiosis.client.chains`). Neither changes a result. Knows no channels: whoever makes one says
+how an exchange is sent, and guards it with a lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from symbiosis.client.chains import MAX_INPUT_BYTES, Chains
+from symbiosis.client.groups import InputGroups
+from symbiosis.client.linking import Member
+from symbiosis.client.trace import plain
+from symbiosis.wire.exchange import Op
+
+Send = Callable[
+    [Op, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[Tensor, ...]], tuple[Tensor, ...]
+]
+"""(operation, weights, biases, params, tensors) → results."""
+
+
+_MOST_ROW_COUNTS = 16
+
+
+class _Siblings(NamedTuple):
+    """Results that came with the first product on ``x``, for the products to follow."""
+
+    x: Tensor  # kept alive, so that its memory cannot become another input meanwhile
+    input_key: tuple[object, ...]
+    results: dict[Member, Tensor]
+
+
+class Ahead:
+    """Answers forward products of one session. Not thread-safe."""
+
+    def __init__(self, send: Send, vector_id: Callable[[Tensor], int]) -> None:
+        """``vector_id`` gives the id of a shipped vector that a tensor is, or 0."""
+        self._send = send
+        self._groups: InputGroups[Member] = InputGroups()
+        self._siblings: _Siblings | None = None
+        self._last_input: Tensor | None = None  # alive, so that the next is not taken for it
+        self._vector_id = vector_id
+        self._chains: dict[int, Chains] = {}  # by the rows of a pass: they are learned apart
+        self.grouped = 0
+        """Products answered along with another, without an exchange of their own."""
+
+    def product(self, member: Member, x: Tensor) -> Tensor:
+        """A LINEAR, MATMUL or EMBEDDING of ``x``, contiguous, with a whole weight."""
+        if x.nbytes > MAX_INPUT_BYTES or torch.is_grad_enabled():
+            return self._grouped(member, plain(x))
+        chains = self._chains_for(x.numel() // (1 if member[0] is Op.EMBEDDING else x.shape[-1]))
+        result = chains.answer(member, plain(x))
+        if result is not None:
+            self.grouped += 1
+        elif (asked := chains.ask(member, plain(x))) is not None:
+            ask, tensors = asked
+            (outputs,) = self._send(Op.CHAIN, ask.weights, ask.biases, ask.params, tensors)
+            result = chains.arrived(ask, tensors[0], outputs)
+        else:
+            result = self._grouped(member, plain(x))
+        return chains.observe(member, x, result)
+
+    def clear(self) -> None:
+        """Drop results that wait for their products."""
+        self._siblings = self._last_input = None
+        self._chains.clear()
+
+    def plan(self) -> list[tuple[Member, ...]]:
+        """The products of every chain that has been learned, in order."""
+        return [chain for chains in self._chains.values() for chain in chains.chains]
+
+    def _chains_for(self, rows: int) -> Chains:
+        found = self._chains.get(rows)
+        if found is None:
+            if len(self._chains) == _MOST_ROW_COUNTS:
+                self._chains.pop(next(iter(self._chains)))
+            found = self._chains[rows] = Chains(self._vector_id)
+        return found
+
+    def _grouped(self, member: Member, x: Tensor) -> Tensor:
+        op, weight, _, bias = member
+        if op is Op.EMBEDDING:
+            return self._send(op, (weight,), (bias,), (), (x,))[0]
+        input_key = (x.data_ptr(), x._version, x.shape, x.dtype)
+        found = self._from_sibling(input_key, member)
+        self._groups.observe(input_key, member)
+        self._last_input = x
+        if found is not None:
+            return found
+        members = [m for m in self._groups.members(member) if m[0] == op]
+        weights, biases = zip(*[(m[1], m[3]) for m in members], strict=True)
+        results = self._send(op, weights, biases, (), (x,))
+        if len(members) > 1:
+            rest = dict(zip(members[1:], results[1:], strict=True))
+            self._siblings = _Siblings(x, input_key, rest)
+        return results[0]
+
+    def _from_sibling(self, input_key: tuple[object, ...], member: Member) -> Tensor | None:
+        siblings = self._siblings
+        if siblings is None:
+            return None
+        if siblings.input_key != input_key:
+            self._siblings = None
+            return None
+        found = siblings.results.pop(member, None)
+        if found is not None:
+            self.grouped += 1
+        return found

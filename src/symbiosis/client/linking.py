@@ -1,0 +1,193 @@
+"""From a traced pass to chains: which products follow from earlier ones without the client.
+
+A chain begins with a product whose input comes from outside (attention, an adapter, token ids).
+A later product joins it when its input is arithmetic on results of this chain, on shipped
+vectors, and on values of earlier chains; those are returned by the one and sent to the other
+(the residual stream), since the executor keeps nothing. Pure: nodes in, chains out.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from symbiosis.client.trace import Node
+from symbiosis.wire.chain import MAX_STEPS, Chain, Instruction, Step, pack_chain
+from symbiosis.wire.exchange import Op
+from symbiosis.wire.views import Recipe
+
+Member = tuple[Op, int, Recipe, int]
+"""A product: operation, weight, recipe, bias."""
+
+SENT = -1
+"""In place of an output's index: the input that was sent."""
+
+_PRODUCTS = {Op.LINEAR: Step.LINEAR, Op.MATMUL: Step.MATMUL, Op.EMBEDDING: Step.EMBEDDING}
+
+
+class Event(NamedTuple):
+    """A product of the traced pass: the nodes of its input and result, its input's shape."""
+
+    member: Member
+    input: int
+    result: int
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape if self.member[0] is Op.EMBEDDING else self.shape[:-1])
+
+
+class Answer(NamedTuple):
+    """Where in a chain's outputs a product is, and the input that it was computed for."""
+
+    member: Member
+    input: int  # or `SENT`
+    result: int
+
+
+class Ask(NamedTuple):
+    """A chain as it is sent: the input of its first product, then values of earlier chains."""
+
+    weights: tuple[int, ...]
+    biases: tuple[int, ...]
+    params: tuple[int, ...]
+    takes: tuple[int, ...]  # nodes that earlier chains of the pass returned
+    answers: tuple[Answer, ...]
+    keeps: tuple[tuple[int, int], ...]  # (node, index of an output or `SENT`) for later chains
+    copied: tuple[int, ...]  # outputs (or `SENT`) that the model holds and that are compared with
+    widths: tuple[int, ...]  # of the outputs, which come side by side as one tensor
+
+
+def link(nodes: list[Node], events: list[Event]) -> dict[tuple[Member, tuple[int, ...]], Ask]:
+    """The chains of a pass, by their first product and the shape of its input. A product that
+    neither begins nor joins one is in none."""
+    segments = _segments(nodes, events)
+    homes = _homes(nodes, segments)
+    wanted: list[set[int]] = [set() for _ in segments]  # nodes that later segments take
+    asks = {}
+    for index in reversed(range(len(segments))):
+        segment = segments[index]
+        writer = _Writer(nodes, homes, index, segment)
+        for node in sorted(writer.takes(wanted[index])):
+            wanted[homes[node]].add(node)
+        ask = writer.ask(sorted(wanted[index]))
+        inputs = {event.input for event in segment}
+        useful = len(inputs) > 1 or wanted[index]
+        if ask is not None and useful and len(writer.steps) <= MAX_STEPS:
+            asks[segment[0].member, tuple(segment[0].shape)] = ask
+    return dict(reversed(asks.items()))
+
+
+def _segments(nodes: list[Node], events: list[Event]) -> list[list[Event]]:
+    segments: list[list[Event]] = []
+    for event in events:
+        first = segments[-1][0] if segments else None
+        joins = first is not None and event.rows == first.rows
+        if nodes[event.input].is_outside:
+            joins = joins and first is not None and event.input == first.input
+        if joins:
+            segments[-1].append(event)
+        else:
+            segments.append([event])
+    return segments
+
+
+def _homes(nodes: list[Node], segments: list[list[Event]]) -> list[int]:
+    """The segment in which each node can be computed first; -1: in any (a vector)."""
+    of_result = {e.result: i for i, segment in enumerate(segments) for e in segment}
+    of_input: dict[int, int] = {}
+    for i, segment in enumerate(segments):
+        of_input.setdefault(segment[0].input, i)
+    homes: list[int] = []
+    for number, node in enumerate(nodes):
+        if node.step is None:
+            homes.append(of_result.get(number, of_input.get(number, -1)))
+        elif node.step is Step.VECTOR:
+            homes.append(-1)
+        else:
+            homes.append(max((homes[arg] for arg in node.operands), default=-1))
+    return homes
+
+
+class _Writer:
+    """Writes down one segment as a chain."""
+
+    def __init__(
+        self, nodes: list[Node], homes: list[int], index: int, segment: list[Event]
+    ) -> None:
+        self._nodes = nodes
+        self._homes = homes
+        self._index = index
+        self._segment = segment
+        self.steps: list[Instruction] = []
+        self._values = {segment[0].input: 0}  # node → number of its value
+        self._takes: list[int] = []
+        self._weights: list[tuple[int, int]] = []
+
+    def takes(self, wanted: set[int]) -> list[int]:
+        """The nodes of earlier segments that the chain needs; they become its next inputs."""
+        found: set[int] = set()
+        for root in (*(event.input for event in self._segment), *wanted):
+            self._collect(root, found)
+        self._takes = sorted(found)
+        for node in self._takes:
+            self._values[node] = len(self._values)
+        return self._takes
+
+    def ask(self, wanted: list[int]) -> Ask | None:
+        """The chain that answers the segment's products and returns the ``wanted`` nodes."""
+        for event in self._segment:
+            self._product(event, self._value(event.input))
+        order: list[int] = []  # nodes that are outputs
+
+        def output(node: int) -> int:
+            if node == self._segment[0].input:
+                return SENT
+            if node not in order:
+                order.append(node)
+            return order.index(node)
+
+        answers = tuple(Answer(e.member, output(e.input), output(e.result)) for e in self._segment)
+        keeps = tuple((node, output(node)) for node in wanted)
+        if len({self._nodes[node].dtype for node in order}) > 1:
+            return None  # outputs side by side are of one dtype
+        values = tuple(self._value(node) for node in order)
+        chain = Chain(tuple(self.steps), values)
+        weights, biases = zip(*self._weights, strict=True)
+        held = {SENT, *(answer.result for answer in answers)}
+        compared = {*(a.input for a in answers[1:]), *(index for _, index in keeps)}
+        copied = tuple(held & compared)
+        widths = tuple(self._nodes[node].width for node in order)
+        return Ask(
+            weights, biases, pack_chain(chain), tuple(self._takes), answers, keeps, copied, widths
+        )
+
+    def _collect(self, node: int, found: set[int]) -> None:
+        if node in self._values:
+            return
+        if 0 <= self._homes[node] < self._index:
+            found.add(node)
+        else:
+            for arg in self._nodes[node].operands:
+                self._collect(arg, found)
+
+    def _value(self, node: int) -> int:
+        if node not in self._values:
+            step, args = self._nodes[node].step, self._nodes[node].args
+            assert step is not None  # a product's result has its value already
+            numbers = list(args) if step is Step.VECTOR else [self._value(arg) for arg in args]
+            if step is Step.CAST:
+                numbers.append(self._nodes[node].cast)
+            a, b, c = (*numbers, 0, 0)[:3]
+            self._add(node, Instruction(step, a, b, c, self._nodes[node].number))
+        return self._values[node]
+
+    def _product(self, event: Event, value: int) -> None:
+        op, weight, _, bias = event.member
+        self._weights.append((weight, bias))
+        self._add(event.result, Instruction(_PRODUCTS[op], value, len(self._weights) - 1))
+
+    def _add(self, node: int, instruction: Instruction) -> None:
+        self._values[node] = 1 + len(self._takes) + len(self.steps)
+        self.steps.append(instruction)

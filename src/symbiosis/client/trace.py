@@ -1,0 +1,292 @@
+"""Watching what a model does with results until the next product: one pass, now and then.
+
+A result that is being watched is a `Traced` tensor: an ordinary tensor with ordinary numbers
+whose arithmetic is written down as the steps of a chain. What has no step (attention, an
+adapter's product) yields plain tensors, and with them the trail ends. No mode stays on, nothing
+is executed twice, and a trail that is wrong costs time but never a number, because whoever uses
+it compares bits (`symbiosis.client.chains`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from symbiosis.wire.chain import CASTS, Step
+
+aten = torch.ops.aten
+
+
+class Node(NamedTuple):
+    """How a value came about. ``step`` None: a product returned it, or it is from outside."""
+
+    step: Step | None
+    width: int  # of the last dimension
+    dtype: torch.dtype
+    args: tuple[int, ...] = ()  # numbers of nodes; of a VECTOR its id
+    number: float = 0.0
+    is_outside: bool = False
+    cast: int = 0  # of a CAST, the index into `CASTS`
+
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """The nodes that it is computed from."""
+        return () if self.step is Step.VECTOR else self.args
+
+
+class Trace:
+    """The nodes of one pass. Used by one thread."""
+
+    def __init__(self, vectors: Callable[[Tensor], int]) -> None:
+        """``vectors`` gives the id of a shipped vector that a tensor is, or 0."""
+        self.nodes: list[Node] = []
+        self.open = True
+        self._vector_id = vectors
+        self._known: dict[int, int] = {}  # id of a tensor → node
+        self._kept: list[Tensor] = []  # so that no id is used twice
+        self._recorder = _Recorder(self)
+
+    def watch(self, tensor: Tensor) -> Tensor:
+        """``tensor``, a product's result, watched from here on as a new node."""
+        return self._wrap(tensor, self._add(tensor, None))
+
+    def outside(self, tensor: Tensor) -> int:
+        """A new node for a value whose trail is not known."""
+        return self._add(tensor, None, is_outside=True)
+
+    def node_of(self, tensor: Tensor) -> int | None:
+        """The node that a tensor is, if its trail is known."""
+        return self._known.get(id(tensor))
+
+    def close(self) -> None:
+        """The pass is over; tensors that are still around behave like plain ones."""
+        self.open = False
+        self._known.clear()
+        self._kept.clear()
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run ``func`` and watch what comes out."""
+        with torch._C.DisableTorchFunctionSubclass(), self._recorder:
+            out = func(*args, **kwargs)
+        if type(out) is Tensor:
+            node = self._known.get(id(out))
+            if node is not None:
+                return self._wrap(out, node)
+        return out
+
+    def record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """An ATen operation ran: is its result a step, the same value, or beyond us?"""
+        if func._schema.is_mutable:
+            for arg in args:
+                self._known.pop(id(arg), None)
+            return
+        result = out[0] if isinstance(out, tuple) and out else out
+        if not isinstance(result, Tensor):
+            return
+        node = self._node(func, args, kwargs, result)
+        if node is not None:
+            self._known[id(result)] = node
+            self._kept.append(result)
+
+    def _wrap(self, tensor: Tensor, node: int) -> Tensor:
+        wrapped = tensor.as_subclass(Traced)
+        wrapped._trace = self
+        self._known[id(wrapped)] = node
+        self._kept.append(wrapped)
+        return wrapped
+
+    def _node(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> int | None:
+        a = self._known.get(id(args[0])) if args else None
+        if func in _SAME:
+            same = a is not None and _same_rows(args[0], out) and out.dtype is args[0].dtype
+            return a if same else None
+        if func is aten._to_copy.default:
+            return self._cast(a, args[0], kwargs, out)
+        if func in _BINARY:
+            return self._binary(func, args, kwargs, out)
+        if a is None:
+            return None
+        if func in _UNARY and not kwargs and len(args) == 1:
+            return self._add(out, _UNARY[func], (a,))
+        if func is aten.pow.Tensor_Scalar:
+            return self._add(out, Step.POWER, (a,), number=float(args[1]))
+        if func is aten.mean.dim and _is_last(args) and not kwargs:
+            return self._add(out, Step.MEAN, (a,))
+        if func is aten.gelu.default:
+            tanh = kwargs.get("approximate", "none") == "tanh"
+            return self._add(out, Step.GELU_TANH if tanh else Step.GELU, (a,))
+        if func is aten.native_layer_norm.default:
+            return self._layer_norm(a, args)
+        return None
+
+    def _add(
+        self,
+        out: Tensor,
+        step: Step | None,
+        args: tuple[int, ...] = (),
+        *,
+        number: float = 0.0,
+        is_outside: bool = False,
+        cast: int = 0,
+    ) -> int:
+        width = out.shape[-1] if out.dim() else 0
+        self.nodes.append(Node(step, width, out.dtype, args, number, is_outside, cast))
+        return len(self.nodes) - 1
+
+    def _cast(self, a: int | None, x: Tensor, kwargs: Any, out: Tensor) -> int | None:
+        if a is None or out.dtype not in CASTS or out.device != x.device:
+            return None
+        return (
+            a
+            if out.dtype is x.dtype
+            else self._add(out, Step.CAST, (a,), cast=CASTS.index(out.dtype))
+        )
+
+    def _binary(self, func: Any, args: Any, kwargs: Any, out: Tensor) -> int | None:
+        step, number_step = _BINARY[func]
+        if kwargs or len(args) != 2:  # alpha
+            return None
+        (x, a), (y, b) = [(arg, self._operand(arg, out)) for arg in args]
+        if a is None or self.nodes[a].step is Step.VECTOR:  # a chain wants rows first
+            (x, a), (y, b) = (y, b), (x, a)
+            if step not in (Step.ADD, Step.MULTIPLY):
+                return None
+        if a is None or self.nodes[a].step is Step.VECTOR:
+            return None
+        if b is not None:
+            return self._add(out, step, (a, b))
+        number = _number(y)
+        if number is None or number_step is None or not _same_rows(x, out):
+            return None
+        number = -number if step is Step.SUBTRACT else number
+        return self._add(out, number_step, (a,), number=number)
+
+    def _operand(self, arg: Any, out: Tensor) -> int | None:
+        """The node of an operand with the rows of the result, or that of a vector."""
+        if not isinstance(arg, Tensor):
+            return None
+        node = self._known.get(id(arg))
+        if node is not None:
+            rows = arg.dim() == out.dim() and arg.shape[:-1] == out.shape[:-1]
+            return node if rows or self.nodes[node].step is Step.VECTOR else None
+        return self._vector(arg)
+
+    def _vector(self, tensor: Any) -> int | None:
+        if not isinstance(tensor, Tensor) or tensor.dim() != 1:
+            return None
+        vector = self._vector_id(tensor)
+        return self._add(tensor, Step.VECTOR, (vector,)) if vector else None
+
+    def _layer_norm(self, a: int, args: Any) -> int | None:
+        x, shape, weight, bias, epsilon = args
+        vectors = [self._vector(weight), self._vector(bias)]
+        if list(shape) != [x.shape[-1]] or None in vectors:
+            return None
+        return self._add(x, Step.LAYER_NORM, (a, *vectors), number=epsilon)  # type: ignore[arg-type]
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Shows a trace the ATen operations of one call."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._trace = trace
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        self._trace.record(func, args, kwargs, out)
+        return out
+
+
+class Traced(Tensor):
+    """A tensor whose trail is kept while its trace is open; afterwards as good as plain."""
+
+    _trace: Trace
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(kind is not Traced for kind in types):
+            return NotImplemented  # a remote weight knows better what is to be done
+        trace = _trace_of(args) or _trace_of(kwargs.values())
+        if trace is not None and trace.open:
+            return trace.call(func, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The same numbers as a tensor that nobody watches."""
+    if type(tensor) is not Traced:
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(Tensor)
+
+
+def _trace_of(values: Any) -> Trace | None:
+    for value in values:
+        if type(value) is Traced:
+            return value._trace
+        if isinstance(value, (tuple, list)) and (found := _trace_of(value)) is not None:
+            return found
+    return None
+
+
+def _same_rows(x: Tensor, out: Tensor) -> bool:
+    """Are these the same rows, whatever the leading dimensions are called?"""
+    return x.numel() == out.numel() and x.dim() > 0 < out.dim() and x.shape[-1] == out.shape[-1]
+
+
+def _is_last(args: Any) -> bool:
+    """``mean(x, [-1], keepdim=True)``?"""
+    return len(args) == 3 and args[2] is True and list(args[1]) in ([-1], [args[0].dim() - 1])
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, (int, float)):
+        return float(value)
+    if isinstance(value, Tensor) and value.dim() == 0 and value.device.type == "cpu":
+        return float(value)
+    return None
+
+
+_SAME = {
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.alias.default,
+    aten.detach.default,
+    aten.clone.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+}
+"""Rows stay rows, in their order, as long as their number and width do."""
+
+_UNARY = {
+    aten.rsqrt.default: Step.RSQRT,
+    aten.neg.default: Step.NEGATIVE,
+    aten.exp.default: Step.EXP,
+    aten.sigmoid.default: Step.SIGMOID,
+    aten.tanh.default: Step.TANH,
+    aten.relu.default: Step.RELU,
+    aten.silu.default: Step.SILU,
+}
+
+_BINARY: dict[Any, tuple[Step, Step | None]] = {
+    aten.add.Tensor: (Step.ADD, Step.ADD_NUMBER),
+    aten.add.Scalar: (Step.ADD, Step.ADD_NUMBER),
+    aten.sub.Tensor: (Step.SUBTRACT, Step.ADD_NUMBER),
+    aten.mul.Tensor: (Step.MULTIPLY, Step.MULTIPLY_NUMBER),
+    aten.mul.Scalar: (Step.MULTIPLY, Step.MULTIPLY_NUMBER),
+    aten.div.Tensor: (Step.DIVIDE, None),
+}

@@ -1,0 +1,238 @@
+"""Chains: fewer exchanges for a decoder, and the same bits whatever the model does meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
+from torch import Tensor, nn
+
+import tiny
+from symbiosis import Executor, Session, connect
+from symbiosis.client.trace import Traced
+from symbiosis.errors import ConnectionLost
+
+Serve = Callable[..., tuple[Executor, str]]
+
+
+@pytest.fixture
+def architecture() -> str:
+    return "llama"
+
+
+@pytest.fixture
+def base(serve: Serve, architecture: str) -> Iterator[Session]:
+    _, url = serve(tiny.BUILDERS[architecture]())
+    with connect(url) as session:
+        yield session
+
+
+@torch.no_grad()
+def decode(model: nn.Module, tokens: int = 6, rows: int = 1, seed: int = 1) -> Tensor:
+    """Greedy decoding; the logits of every step (tokens, rows, vocabulary)."""
+    out, steps = model(tiny.tokens(rows, 5, seed), use_cache=True), []
+    for _ in range(tokens):
+        out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values)
+        steps.append(out.logits[:, -1])
+    return torch.stack(steps)
+
+
+@torch.no_grad()
+def exchanges_per_token(base: Session, model: nn.Module, rows: int = 1) -> float:
+    decode(model, rows=rows)  # learn
+    out = model(tiny.tokens(rows, 5), use_cache=True)
+    before = base.stats().exchanges
+    for _ in range(4):
+        out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values)
+    return (base.stats().exchanges - before) / 4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "most"),
+    [("llama", 3), ("llama-biases", 3), ("llama-tied", 3), ("gpt2", 4)],
+)
+def test_one_exchange_for_each_layer(base: Session, architecture: str, most: int) -> None:
+    """Two layers: one exchange up to the first attention, one behind each."""
+    local, model = tiny.BUILDERS[architecture](), base.model()
+    assert torch.equal(decode(model, 12), decode(local, 12))
+    assert exchanges_per_token(base, model) == most
+    assert base.plan()[-1][0].endswith(("o_proj.weight", "attn.c_proj.weight"))
+
+
+@pytest.mark.parametrize("architecture", ["mixtral"])
+def test_experts_between_products_end_a_chain(base: Session) -> None:
+    local, model = tiny.mixtral(), base.model()
+    assert torch.equal(decode(model, 12), decode(local, 12))
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_several_sequences_at_once(base: Session, rows: int) -> None:
+    local, model = tiny.llama(), base.model()
+    for _ in range(2):
+        torch.testing.assert_close(decode(model, 8, rows), decode(local, 8, rows))
+    assert base.plan()
+
+
+def test_each_number_of_rows_is_learned_by_itself(base: Session) -> None:
+    local, model = tiny.llama(), base.model()
+    for rows in (1, 2, 1):
+        assert exchanges_per_token(base, model, rows) == 3
+    assert torch.equal(decode(model), decode(local))
+
+
+def lora(targets: list[str]) -> LoraConfig:
+    return LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+
+
+METHODS = {
+    "lora on q and v": (lambda: lora(["q_proj", "v_proj"]), 3),
+    "lora on o": (lambda: lora(["o_proj"]), 7),  # the MLP's input is known to the client alone
+    "lora on everything": (lambda: lora(["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]), 9),
+    "ia3": (lambda: IA3Config(task_type="CAUSAL_LM", init_ia3_weights=False), 5),
+    "prefix": (lambda: PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), 3),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_decide_how_long_chains_are(base: Session, method: str) -> None:
+    make, most = METHODS[method]
+    adapted = []
+    for model in (tiny.llama(), base.model()):
+        torch.manual_seed(7)
+        adapted.append(get_peft_model(model, make()).eval())
+    local, remote = adapted
+    assert torch.equal(decode(remote, 12), decode(local, 12))
+    assert exchanges_per_token(base, remote) == most
+
+
+def test_another_adapter_is_noticed_at_once(base: Session) -> None:
+    local, model = tiny.llama(), base.model()
+    decode(model)
+    assert base.plan()
+    adapted = []
+    for whole in (local, model):
+        torch.manual_seed(7)
+        adapted.append(get_peft_model(whole, lora(["o_proj"])).eval())
+    assert torch.equal(decode(adapted[1], 12), decode(adapted[0], 12))
+    with adapted[0].disable_adapter(), adapted[1].disable_adapter():
+        assert torch.equal(decode(adapted[1], 12), decode(adapted[0], 12))
+
+
+def test_a_trained_norm_is_noticed_at_once(base: Session) -> None:
+    local, model = tiny.llama(), base.model()
+    decode(model)
+    assert base.plan()
+    for whole in (local, model):
+        whole.model.layers[1].input_layernorm.weight.data.mul_(1.5)
+    assert torch.equal(decode(model, 12), decode(local, 12))
+
+
+def test_two_sequences_in_turn_do_not_mix(base: Session) -> None:
+    local, model = tiny.llama(), base.model()
+    decode(model)
+
+    @torch.no_grad()
+    def in_turn(whole: nn.Module) -> list[Tensor]:
+        outs = [whole(tiny.tokens(1, n, n), use_cache=True) for n in (4, 6)]
+        found = []
+        for _ in range(5):
+            for i, out in enumerate(outs):
+                token = out.logits[:, -1:].argmax(-1)
+                outs[i] = whole(token, past_key_values=out.past_key_values)
+                found.append(outs[i].logits)
+        return found
+
+    for ours, theirs in zip(in_turn(model), in_turn(local), strict=True):
+        assert torch.equal(ours[:, -1], theirs[:, -1])
+
+
+def test_results_changed_in_place_are_noticed(base: Session) -> None:
+    """Answers that wait must not be compared with memory that the model changes."""
+    q, k = [
+        base.model().model.layers[0].self_attn.get_parameter(f"{name}.weight")
+        for name in ("q_proj", "k_proj")
+    ]
+    local = tiny.llama().model.layers[0].self_attn
+    x = torch.randn(1, 1, 32)
+
+    @torch.no_grad()
+    def a_pass(change: float) -> None:
+        inputs = x.clone()
+        first = nn.functional.linear(inputs, q)
+        assert torch.equal(first, local.q_proj(inputs))
+        inputs.mul_(change)
+        second = nn.functional.linear(inputs, k[:, :])
+        assert torch.equal(second, local.k_proj(inputs))
+        third = nn.functional.linear(first, q)
+        assert torch.equal(third, local.q_proj(first))
+
+    for change in (1.0,) * 8 + (2.0,) * 4:
+        a_pass(change)
+
+
+def test_what_leaves_the_model_is_a_plain_tensor(base: Session) -> None:
+    model = base.model()
+    ids = tiny.tokens(1, 5)
+    for _ in range(8):
+        out = model.generate(
+            ids,
+            max_new_tokens=5,
+            min_new_tokens=5,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        assert all(type(logits) is Tensor for logits in out.logits)
+        for layer in out.past_key_values.layers:
+            assert type(layer.keys) is Tensor
+
+
+def test_a_watched_tensor_that_stays_is_as_good_as_a_plain_one(base: Session) -> None:
+    """Hidden states of the traced pass can be kept, computed with and trained on."""
+    model = base.model()
+    kept = []
+    with torch.no_grad():
+        out = model(tiny.tokens(1, 5), use_cache=True)
+        for _ in range(6):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(token, past_key_values=out.past_key_values, output_hidden_states=True)
+            kept += out.hidden_states
+    watched = [t for t in kept if type(t) is Traced]
+    for hidden in watched:
+        head = nn.Linear(32, 2)
+        head(hidden).sum().backward()
+        assert head.weight.grad is not None
+        assert type(hidden + 1) is Tensor
+    assert torch.equal(torch.stack(kept[:2]), torch.stack([t.clone() for t in kept[:2]]))
+
+
+def test_training_and_prefill_do_not_use_chains(base: Session) -> None:
+    local, model = tiny.llama(), base.model()
+    decode(model)
+    ids = tiny.tokens()
+    assert torch.equal(model(ids).logits, local(ids).logits)
+    embeddings = [whole.get_input_embeddings()(ids).detach() for whole in (local, model)]
+    for whole, e in zip((local, model), embeddings, strict=True):
+        whole(inputs_embeds=e.requires_grad_()).logits.square().sum().backward()
+    assert torch.equal(embeddings[0].grad, embeddings[1].grad)
+    assert torch.equal(decode(model), decode(local))
+
+
+def test_a_restarted_executor_answers_chains_at_once(serve: Serve) -> None:
+    """A chain is described whole in each exchange: the executor keeps nothing."""
+    executor, url = serve(tiny.llama())
+    with connect(url) as session:
+        model = session.model()
+        expected = decode(model, 8)
+        assert session.plan()
+        executor.close()
+        again = Executor.of(tiny.llama())
+        again.listen([url])
+        try:
+            with pytest.raises(ConnectionLost):
+                decode(model, 8)
+            assert torch.equal(decode(model, 8), expected)
+        finally:
+            again.close()
