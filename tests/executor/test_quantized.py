@@ -230,15 +230,27 @@ def test_logits_gradients_and_tokens_are_those_of_the_twin(remote: Remote) -> No
     """Bit for bit: forward and backward use one and the same dense matrix."""
     session, local = remote
     ids = tiny.tokens()
-    found = []
-    for model in (local, session.model()):
-        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-        output = model(inputs_embeds=embedded, labels=ids)
-        output.loss.backward()
-        tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
-        found.append((output.logits, embedded.grad, tokens))
+    found: list[list[torch.Tensor]] = [[], []]
+    for values, model in zip(found, (local, session.model()), strict=True):
+        for _ in range(4):  # the first pass learns what goes together
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+            output = model(inputs_embeds=embedded, labels=ids)
+            output.loss.backward()
+            assert embedded.grad is not None
+            assert embedded.grad.any()
+            tokens = model.generate(ids, max_new_tokens=6, do_sample=False)
+            with torch.no_grad():
+                values += [output.logits, embedded.grad, tokens, model(ids).logits]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
-    assert found[1][1].any()
+
+
+def test_chains_of_quantised_layers_are_exact(remote: Remote) -> None:
+    """Decoding goes through many weights in one exchange once it has learned to."""
+    session, local = remote
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    expected, found = (m.generate(tiny.tokens(1), **options) for m in (local, session.model()))
+    assert torch.equal(found, expected)
+    assert session.plan()
 
 
 def test_the_answers_are_near_those_of_the_dense_base(remote: Remote, scheme: Scheme) -> None:
