@@ -358,7 +358,7 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(ModelError, match="pip install torchao"):
+    with pytest.raises(ModelError, match="pip install -U torchao"):
         Weights(tiny.llama(), "tiny", quantize="int8")
 
 

@@ -119,6 +119,9 @@ def _torchao() -> Any:
     logging.getLogger("torchao").setLevel(logging.ERROR)  # of extensions for other machines
     try:
         from torchao import quantization  # type: ignore[import-untyped,import-not-found,unused-ignore]
+        from torchao.quantization import Int8Tensor, to_nf4  # noqa: F401  # older releases lack them
     except ImportError as error:
-        raise ModelError(f"a quantised base needs torchao ({error}): pip install torchao") from None
+        raise ModelError(
+            f"a quantised base needs torchao 0.18 or later ({error}): pip install -U torchao"
+        ) from None
     return quantization
