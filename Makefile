@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check conformance bench clean
 
 setup: $(STAMP)
 
@@ -28,11 +28,17 @@ check: setup  ## lint, formatting, types, import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+conformance: setup  ## every architecture and PEFT method, split against whole; writes docs/compatibility.md
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance --jobs 2
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.methods
+
 bench: setup  ## the figures of the README; about 20 minutes on 2 cores
 	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/finetuning.py
 	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/exchange.py
+	$(BIN)/python benchmarks/policies.py
 	$(BIN)/python benchmarks/table.py
 
 clean:

@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import LLAMA_110M, RESULTS, Served, Worker, executor, make_model, save
 from simulated import Client, Machine, Shape, decoder, llama, simulate, trainer
-from symbiosis.executor.scheduler import POLICIES
+from symbiosis.executor.scheduler import POLICIES, Policy
 
 READING_PAUSE_S = 0.15
 SMALL = {**LLAMA_110M, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
@@ -114,7 +114,15 @@ class Site:
         }
 
 
-def real(decoders: int, tokens: int, steps: int, rounds: int, config: dict[str, Any]) -> Any:
+def real(
+    policies: list[Policy],
+    decoders: int,
+    tokens: int,
+    steps: int,
+    rounds: int,
+    config: dict[str, Any],
+    only: str,
+) -> Any:
     """Medians over rounds; in each round every policy has its turn."""
     model = make_model(f"policies-{config['num_hidden_layers']}x{config['hidden_size']}", config)
     loads: dict[str, dict[str, Any]] = {
@@ -131,25 +139,29 @@ def real(decoders: int, tokens: int, steps: int, rounds: int, config: dict[str, 
         },
     }
     runs: dict[str, dict[str, list[dict[str, float]]]] = {}
+    print(f"{'real load':<26}{'policy':<10}tokens/s  batch   p50 ms   p99 ms  trained tokens/s")
     with ExitStack() as stack:
         served = {
             policy: stack.enter_context(executor(model, "--policy", policy, "--threads", "1"))
-            for policy in POLICIES
+            for policy in policies
         }
         workers = [
-            Worker(served["none"].unix, threads=1, passive=True, seed=i)
+            Worker(served[policies[0]].unix, threads=1, passive=True, seed=i)
             for i in range(decoders + 1)
         ]
         for worker in workers:
             stack.callback(worker.close)
             worker.ready()
         sites = {policy: Site(at, workers[1:], workers[0]) for policy, at in served.items()}
+        for site in sites.values():
+            site.decode(decoders, 8)
         for name, load in loads.items():
-            for round_number in range(rounds + 1):
+            for _ in range(rounds if only in name else 0):
                 for policy, site in sites.items():
                     outcome = site.decode(tokens=tokens, **load)
-                    if round_number:  # the first warms up
-                        runs.setdefault(name, {}).setdefault(policy, []).append(outcome)
+                    runs.setdefault(name, {}).setdefault(policy, []).append(outcome)
+            for policy, outcomes in runs.get(name, {}).items():
+                print(_real_row(name, policy, _medians(outcomes)), flush=True)
     return {
         name: {policy: _medians(outcomes) for policy, outcomes in by_policy.items()}
         for name, by_policy in runs.items()
@@ -160,16 +172,17 @@ def _medians(outcomes: list[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(o[key] for o in outcomes) for key in outcomes[0]}
 
 
-def show_real(found: dict[str, Any], decoders: int) -> None:
-    print(f"{'real load':<26}{'policy':<10}tokens/s  batch   p50 ms   p99 ms  trained tokens/s")
-    for name, by_policy in found.items():
-        for policy, o in by_policy.items():
-            print(
-                f"{name:<26}{policy:<10}{o['tokens_per_s']:8.1f} {o['mean_batch']:6.2f} "
-                f"{o['p50_ms']:8.1f} {o['p99_ms']:8.1f} {o['trained_tokens_per_s']:8.1f}"
-            )
-    for policy in POLICIES:
-        alone, mixed = found["1 decoder"][policy], found["1 decoder + 1 trainer"][policy]
+def _real_row(name: str, policy: str, o: dict[str, float]) -> str:
+    return (
+        f"{name:<26}{policy:<10}{o['tokens_per_s']:8.1f} {o['mean_batch']:6.2f} "
+        f"{o['p50_ms']:8.1f} {o['p99_ms']:8.1f} {o['trained_tokens_per_s']:8.1f}"
+    )
+
+
+def show_goals(found: dict[str, Any], decoders: int) -> None:
+    """What mixed load must not cost."""
+    for policy, alone in found["1 decoder"].items():
+        mixed = found["1 decoder + 1 trainer"][policy]
         readers = found[f"{decoders} readers + 1 trainer"][policy]
         kept = readers["trained_tokens_per_s"] / found["1 trainer"][policy]["trained_tokens_per_s"]
         print(
@@ -184,7 +197,8 @@ def main() -> None:
     parser.add_argument("--real", action="store_true", help="real processes instead")
     parser.add_argument("--small", action="store_true", help="with a 25M Llama")
     parser.add_argument("--seconds", type=float, default=60.0, help="simulated")
-    parser.add_argument("--only", default="", help="simulated loads with this in their names")
+    parser.add_argument("--only", default="", help="loads with this in their names")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--decoders", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--steps", type=int, default=2)
@@ -195,12 +209,21 @@ def main() -> None:
     result = {key: kept[key] for key in ("simulated", "real") if key in kept}
     if options.real:
         config = SMALL if options.small else LLAMA_110M
-        found = real(options.decoders, options.tokens, options.steps, options.rounds, config)
-        show_real(found, options.decoders)
+        found = real(
+            options.policies,
+            options.decoders,
+            options.tokens,
+            options.steps,
+            options.rounds,
+            config,
+            options.only,
+        )
+        if len(found) == 7:
+            show_goals(found, options.decoders)
         result["real"] = {"model": config, **found}
     else:
         result["simulated"] = simulated(options.seconds, options.only)
-    if not options.only:
+    if not options.only and options.policies == list(POLICIES):
         save("policies", result)
 
 

@@ -138,6 +138,12 @@ def test_a_deep_copy_is_remote_and_works(
             assert twin.lm_head.weight is twin.model.embed_tokens.weight
 
 
+def test_sharing_its_memory_shares_the_handle(model: PreTrainedModel, weight: RemoteWeight) -> None:
+    """There is no memory: asking torch for it ended the process."""
+    assert weight.share_memory_() is weight
+    assert remote_names(model.share_memory()) == remote_names(model)
+
+
 # Saving
 
 

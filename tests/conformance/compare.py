@@ -61,7 +61,8 @@ class Record:
     grouped: int = 0  # the same once it is known which products share an input
     naive_layer: int = 0  # of the layer that needs most
     grouped_layer: int = 0
-    fetched_bytes: int = 0
+    fetched_bytes: int = 0  # whole weights that the model itself reads
+    fetched_for_lora_bytes: int = 0
     ops: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 
@@ -129,7 +130,10 @@ def _compare_split(
                     record.checks[name] = outcome
                     if name == "forward":
                         _count(record, recorder, split, inputs)
-                record.fetched_bytes = session.stats().fetched_bytes
+                    if name != "lora_gradient":
+                        record.fetched_bytes = session.stats().fetched_bytes
+                both = session.stats().fetched_bytes
+                record.fetched_for_lora_bytes = both - record.fetched_bytes
                 record.ops = sorted(recorder.ops)
     except Exception as error:  # noqa: BLE001 - whatever building raises is the finding
         kind: Verdict = "refused" if isinstance(error, SymbiosisError) else "split fails"
@@ -144,7 +148,10 @@ def _check(check: Any, whole: PreTrainedModel, split: PreTrainedModel, inputs: I
     except Exception as error:  # noqa: BLE001 - what the library cannot do whole is recorded
         return Outcome("whole fails", _first_line(error), trace=traceback.format_exc())
     try:
-        return difference(expected, check(split, inputs))
+        outcome = difference(expected, check(split, inputs))
+        if any(bool(tensor.isnan().any()) for tensor in expected.values()):
+            outcome.reason = f"not a number, run whole; {outcome.reason}"
+        return outcome
     except SymbiosisError as error:
         return Outcome("refused", _first_line(error), trace=traceback.format_exc())
     except Exception as error:  # noqa: BLE001 - the finding of this run
@@ -173,8 +180,8 @@ def _amount(a: Tensor, b: Tensor) -> float:
         return 0.0
     if not a.is_floating_point():
         return math.inf
-    scale = float(a.abs().max())
-    return float((a - b).abs().max()) / (scale or 1.0)
+    amount = float((a - b).abs().max()) / (float(a.abs().max()) or 1.0)
+    return math.inf if math.isnan(amount) else amount
 
 
 def _count(record: Record, recorder: Recorder, split: PreTrainedModel, inputs: Inputs) -> None:

@@ -117,9 +117,9 @@ def _embeddings(model: PreTrainedModel) -> list[nn.Module]:
         found = model.get_input_embeddings()
     except NotImplementedError:
         return []
-    if not isinstance(found, nn.Embedding):
-        return []
-    return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is found.weight]
+    several = list(found) if isinstance(found, nn.ModuleList) else [found]
+    weights = {id(module.weight) for module in several if isinstance(module, nn.Embedding)}
+    return [m for m in model.modules() if isinstance(m, nn.Embedding) and id(m.weight) in weights]
 
 
 def _loss(output: Any) -> Tensor:

@@ -27,6 +27,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "longcat_flash": {"fields": {"head_dim": 8}},
     "xlstm": {"fields": {"hidden_size": 128}},
     "led": {"fields": {"attention_window": 4}},
+    "rwkv": {"fields": {"use_cache": False}},
     "xmod": {"fields": {"default_language": "en_XX"}},
     "blt": {
         "fields": {

@@ -77,8 +77,10 @@ def _head(results: list[Result]) -> list[str]:
         f"{torch.__version__}, peft {peft.__version__}, float32 on a CPU. Every architecture of "
         "transformers' causal-LM mapping, and others by family: a tiny random model from a "
         "shrunken configuration, hosted by an executor on a UNIX socket and compared with the "
-        "same frozen model run whole. *input gradient* is that of the token embeddings, pixels "
-        "or sound; *LoRA gradients* are those of peft's `all-linear`, in training mode; "
+        "same frozen model run whole, its weights in allocated memory (in a mapped file they are "
+        "aligned otherwise, which changes last bits on a CPU). *input gradient* is that of the "
+        "token embeddings, pixels or sound; *LoRA gradients* are those of peft's `all-linear`, "
+        "in training mode; "
         "`generate()` is greedy, 6 tokens.",
         "",
         f"**{len(results)} architectures; {len(whole)} run whole; of these {len(exact)} run split "
@@ -92,7 +94,8 @@ def _head(results: list[Result]) -> list[str]:
         "products that share an input asked for together (what a session does from its second "
         "pass on); in brackets those of the layer that needs most, a layer being what the first "
         "number in a weight's name counts. *Reads* are weights that are fetched whole, once for "
-        "a session, because a model or LoRA on expert tensors does arithmetic on them.",
+        "a session, because the model, or peft's LoRA on the tensor of all experts, does "
+        "arithmetic on them; an executor that serves with `--fetch deny` refuses that.",
     ]
 
 
@@ -115,7 +118,7 @@ def _verdicts(result: Result) -> set[str]:
 def _row(result: Result) -> str:
     kind, name = result["name"].split("/")
     if result["not_run"]:
-        cells = ["", "", "", "", "", "", f"not run: {_short(result['not_run'])}"]
+        cells = ["", "", "", "", "", "", _not_run(result)]
     else:
         cells = [_cell(result["checks"].get(check)) for check in CHECKS]
         cells += [_count(result, "naive"), _count(result, "grouped"), _note(result)]
@@ -144,9 +147,23 @@ def _note(result: Result) -> str:
             notes.append(f"{title}: {_short(found['reason'])}")
         elif found and found["verdict"] == "differs":
             notes.append(DIFFERENCES.get(result["name"], f"{title}: {found['reason']}"))
-    if result["fetched_bytes"]:
-        notes.append(f"reads {result['fetched_bytes'] / 1024:.0f} KiB of its weights")
+        elif found and found["verdict"] == "exact" and found["reason"]:
+            notes.append(f"{title}: {_short(found['reason'])}")
+    if not result["grouped"] and _whole(result):
+        notes.append("no exchange: it computes its weights from others, which are read once")
+    if read := result["fetched_bytes"]:
+        notes.append(f"reads {_kib(read)} of its {_kib(4 * result['parameters'])} of weights")
+    if read := result["fetched_for_lora_bytes"]:
+        notes.append(f"LoRA reads {_kib(read)}")
     return "; ".join(dict.fromkeys(notes))
+
+
+def _not_run(result: Result) -> str:
+    return f"not run: {NOT_RUN.get(result['name']) or _short(result['not_run'])}"
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:.1f} KiB" if size < 10240 else f"{size / 1024:.0f} KiB"
 
 
 _ONE_AT_A_TIME = (
@@ -156,10 +173,21 @@ _ONE_AT_A_TIME = (
 DIFFERENCES = {
     "longformer/LongformerForMaskedLM": _ONE_AT_A_TIME,
     "led/LEDForConditionalGeneration": _ONE_AT_A_TIME,
-    "wavlm/WavLMForCTC": "it joins three biases into one, which is added here and not in the "
-    "executor's kernel",
 }
 """Why the bits differ, where they do."""
+
+
+_ALL_SHARED = (
+    "cannot be built by itself in this release: its configuration demands that every layer reuses "
+    "the keys and values of another model, and its layers refuse that"
+)
+NOT_RUN = {
+    "gemma3n/Gemma3nForConditionalGeneration": "its vision tower needs the timm library, which "
+    "is not among this project's requirements; its text model is the next row",
+    "gemma4_assistant/Gemma4AssistantForCausalLM": _ALL_SHARED,
+    "gemma4_unified_assistant/Gemma4UnifiedAssistantForCausalLM": _ALL_SHARED,
+}
+"""In a sentence, why nothing could be compared."""
 
 
 def _short(reason: str) -> str:

@@ -80,7 +80,7 @@ def serve(
             "greedy: what waits for the same weight goes together, nobody waits for anybody; "
             "lockstep: everybody waits for everybody; none: one by one."
         ),
-    ] = Policy.align,
+    ] = Policy.greedy,
     training_share: Annotated[
         float,
         typer.Option(

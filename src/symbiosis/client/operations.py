@@ -182,6 +182,11 @@ def _get_data(self: Any) -> Any:
     return alias
 
 
+def _share_memory_(self: Any) -> Any:
+    """There is no memory to share: a handle serves every process."""
+    return self if type(self) is RemoteWeight else NotImplemented
+
+
 FUNCTIONS.update(
     {
         F.linear: _linear,
@@ -193,6 +198,7 @@ FUNCTIONS.update(
         torch.addmm: _addmm,
         F.embedding: _embedding,
         Tensor.requires_grad_: _requires_grad_,
+        Tensor.share_memory_: _share_memory_,
         Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
         Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
         Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]

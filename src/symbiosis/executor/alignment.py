@@ -5,8 +5,9 @@ the others come by goes on with them through all layers; at the later exchanges 
 who are just behind. Nobody waits for a client that is late, that is not expected in time, or
 that has not shown a regular rhythm; a client alone waits for nobody.
 
-How long is worth it: **no longer than one would wait behind the others** if nobody waited for
-anybody. Knows `Rhythm`s; knows nothing of queues, rows or priorities.
+How long is worth it: at the start of a token, **no longer than one would wait behind the others**
+if nobody waited for anybody; later, no longer than the batch takes that is saved. Knows
+`Rhythm`s; knows nothing of queues, rows or priorities.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 
-from symbiosis.executor.rhythm import Rhythm
+from symbiosis.executor.rhythm import Recent, Rhythm
 
 REACH = 2
 """Within a token, those are waited for who are at most so many exchanges behind."""
@@ -27,8 +28,14 @@ class Alignment:
         self._rhythms: dict[int, Rhythm] = {}
         self._load = 0.0
         self._looked_s = self._trained_s = -math.inf
+        self.batch_s = Recent(32)  # what interactive batches took
         self.holds = 0  # exchanges that were held
         self.held_s = 0.0  # and for how long, in sum
+
+    @property
+    def clients(self) -> int:
+        """How many clients send interactive exchanges."""
+        return len(self._rhythms)
 
     def arrived(self, client: int, key: Hashable, opens: bool, now_s: float) -> None:
         """A client has sent an interactive exchange."""
@@ -73,9 +80,11 @@ class Alignment:
         for client, arrived_s in clients.items():
             rhythm = self._rhythms[client]
             deadline_s = min(deadline_s, arrived_s + self._patience_s(rhythm) - rhythm.held_s)
+        at_start = any(self._rhythms[client].at_start for client in clients)
+        if not at_start and not any(self._beside_training(self._rhythms[c]) for c in clients):
+            deadline_s = min(deadline_s, min(clients.values()) + self.batch_s.typical)
         if deadline_s <= now_s:
             return now_s
-        at_start = any(self._rhythms[client].at_start for client in clients)
         until_s = now_s
         for client, other in self._rhythms.items():
             if client not in clients and self._will_come(other, key, at_start, deadline_s, now_s):
@@ -113,9 +122,13 @@ class Alignment:
         """How long a client may be held in one token: what it would wait behind the others whose
         exchanges come at random (Pollaczek and Khinchine, constant service), at most the token."""
         others = self._load - (rhythm.load if rhythm.regular else 0.0)
-        full = others >= 1 or self._trained_s >= rhythm.started_s
+        full = others >= 1 or self._beside_training(rhythm)
         behind_s = math.inf if full else rhythm.busy_s * others / (2 * (1 - others))
         return min(rhythm.work_s.typical, behind_s)
+
+    def _beside_training(self, rhythm: Rhythm) -> bool:
+        """Has training run since its token began? Then the executor's time is always wanted."""
+        return self._trained_s >= rhythm.started_s
 
     def _on_the_way(self, now_s: float) -> list[Rhythm]:
         return [

@@ -45,7 +45,7 @@ class Executor:
         self,
         weights: Weights,
         *,
-        policy: Policy = "align",
+        policy: Policy = "greedy",
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
         max_payload_bytes: int = 1 << 30,
@@ -72,7 +72,7 @@ class Executor:
         dtype: torch.dtype | None = None,
         device: str = "cpu",
         quantize: Scheme | None = None,
-        policy: Policy = "align",
+        policy: Policy = "greedy",
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
     ) -> Executor:

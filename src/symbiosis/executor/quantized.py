@@ -119,7 +119,9 @@ def _torchao() -> Any:
     logging.getLogger("torchao").setLevel(logging.ERROR)  # of extensions for other machines
     try:
         from torchao import quantization  # type: ignore[import-untyped,import-not-found,unused-ignore]
-        from torchao.quantization import Int8Tensor, to_nf4  # noqa: F401  # older releases lack them
+
+        if not hasattr(quantization, "Int8Tensor") or not hasattr(quantization, "to_nf4"):
+            raise ImportError("this one is older")
     except ImportError as error:
         raise ModelError(
             f"a quantised base needs torchao 0.18 or later ({error}): pip install -U torchao"

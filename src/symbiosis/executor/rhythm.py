@@ -16,7 +16,9 @@ from collections import deque
 from collections.abc import Hashable
 
 LATE = 3.0
-"""Later than so many times the 90th percentile of its gaps, a client is late."""
+"""Later than so many times the 90th percentile of its gaps, a client is late: nobody waits for
+it until it comes. One that was late by a whole token is not regular: nobody waits for it until it
+has gone through a token again."""
 
 _LONGEST_TOKEN = 4096  # exchanges that are remembered; a client cannot make the table grow
 
@@ -50,7 +52,7 @@ class Rhythm:
     """What is known about one client's interactive exchanges."""
 
     def __init__(self) -> None:
-        self.regular = False  # its last whole token came without its being late
+        self.regular = False  # it went through its last token without a stall
         self.work_s = Recent(8)  # a token from its first arrival to its last answer, less holds
         self.load = 0.0  # the part of the time that its tokens occupy the executor
         self.busy_s = 0.0  # what its last token occupied the executor for
@@ -67,7 +69,7 @@ class Rhythm:
         self._position = 0  # of the present exchange in the last whole token
         self.started_s = -math.inf
         self._busy_s = 0.0
-        self._late = False
+        self._stalled = False
 
     def arrived(self, key: Hashable, opens: bool, now_s: float, looked_s: float) -> None:
         """It has sent an exchange; ``opens`` hints that a token starts with it. It had not come
@@ -131,10 +133,10 @@ class Rhythm:
             period_s = now_s - self.started_s - self.held_s
             self.busy_s = self._busy_s
             self.load = min(1.0, self._busy_s / period_s) if period_s > 0 else 1.0
-            self.regular = bool(self._positions) and not self._late
+            self.regular = bool(self._positions) and not self._stalled
             self._positions, self._length = self._keys, self._step + 1
         self._keys, self._step, self.started_s = {}, 0, now_s
-        self._late, self._busy_s, self.held_s = False, 0.0, 0.0
+        self._stalled, self._busy_s, self.held_s = False, 0.0, 0.0
 
     def _observe_gap(self, gap_s: float, least_s: float) -> None:
         """A gap between ``least_s`` and ``gap_s``: a batch ran when it ended; if ``least_s`` is
@@ -142,6 +144,6 @@ class Rhythm:
         gaps = self._pause if self.at_start else self._gap
         if least_s < 0:
             least_s = gap_s
-        if self.regular and least_s > LATE * gaps.most:
-            self.regular, self._late = False, not self.at_start
+        if self.regular and least_s > max(LATE * gaps.most, self.work_s.typical):
+            self.regular, self._stalled = False, not self.at_start
         gaps.add(max(least_s, min(gap_s, gaps.most or gap_s)))

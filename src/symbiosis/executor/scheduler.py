@@ -93,7 +93,7 @@ class Scheduler:
 
     def __init__(
         self,
-        policy: Policy = "align",
+        policy: Policy = "greedy",
         *,
         max_rows: int = 8192,
         training_share: float = 0.2,
@@ -159,6 +159,9 @@ class Scheduler:
         heads = self._heads()
         if not heads:
             return None
+        if len(heads) == 1 and self._is_alone(heads[0]):
+            self.alignment.looked(now_s)
+            return self._take(heads, now_s)
         leader, _ = self._choose(heads, now_s)
         self._rest(leader is None and any(head.priority for head in heads), now_s)
         if leader is None:
@@ -184,7 +187,7 @@ class Scheduler:
             self._training.ran(batch.requests[0].key, batch.rows, elapsed_s)
             self.alignment.trained(now_s)
             return
-        self._training.decoded(elapsed_s)
+        self.alignment.batch_s.add(elapsed_s)
         for request in batch.requests:
             self.alignment.answered(request.client, elapsed_s, now_s)
         if any(queue and queue[0].priority for queue in self._queues.values()):
@@ -192,6 +195,11 @@ class Scheduler:
 
     def _heads(self) -> list[Request]:
         return [queue[0] for queue in self._queues.values() if queue]
+
+    def _is_alone(self, head: Request) -> bool:
+        """The short way for a decoder that nobody else could be waited for or wait with."""
+        decodes = head.priority is Priority.INTERACTIVE and self._resting_since_s is None
+        return decodes and self.policy != "lockstep" and self.alignment.clients <= 1
 
     # Who goes first
 
@@ -201,9 +209,8 @@ class Scheduler:
             return self._aligned(heads, now_s)
         if self.policy == "lockstep":
             released_s = self._released_at(heads, now_s)
-            return (
-                self._fullest(self._in_turn(heads)) if now_s >= released_s else None
-            ), released_s
+            held = now_s < released_s
+            return None if held else self._fullest(self._in_turn(heads)), released_s
         return min(self._in_turn(heads), key=self._turn), now_s
 
     def _in_turn(self, heads: list[Request]) -> list[Request]:
@@ -287,7 +294,8 @@ class Scheduler:
     def _most_rows(self, trainer: Request, now_s: float) -> int:
         """Rows of training to compute at once: as ever, unless somebody else decodes."""
         if self.alignment.anyone_but(trainer.client, now_s):
-            return min(self._max_rows, self._training.most_rows(trainer.key))
+            most = self._training.most_rows(trainer.key, self.alignment.batch_s.typical)
+            return min(self._max_rows, most)
         return self._max_rows
 
     def _piece(self, trainer: Request, now_s: float) -> int:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 
-from symbiosis.executor.rhythm import Recent
-
 CHUNK = 8
 """A decoder waits for training as long as so many of its own products take, at most."""
 
@@ -26,7 +24,6 @@ class TrainingShare:
         self._debt_s = 0.0  # executor time that training is owed
         self._cost_s = _LEAST_COST_S  # what its last batch took
         self._row_s: dict[Hashable, float] = {}  # key → seconds per row
-        self._decoding_s = Recent(32)  # what interactive batches took
 
     def owed(self) -> bool:
         """Does the debt pay for a batch?"""
@@ -50,16 +47,12 @@ class TrainingShare:
             self._row_s.clear()
         self._row_s[key] = elapsed_s / max(1, rows)
 
-    def decoded(self, elapsed_s: float) -> None:
-        """An interactive batch has been computed."""
-        self._decoding_s.add(elapsed_s)
-
     def estimate_s(self, key: Hashable, rows: int) -> float:
         """What a training batch would take."""
         return self._row_s[key] * rows if key in self._row_s else self._cost_s
 
-    def most_rows(self, key: Hashable) -> int:
-        """How many rows to compute at once beside decoders."""
+    def most_rows(self, key: Hashable, decoding_s: float) -> int:
+        """How many rows to compute at once beside decoders, whose batches take ``decoding_s``."""
         row_s = self._row_s.get(key, 0.0)
-        most = int(CHUNK * self._decoding_s.typical / row_s) if row_s else 0
+        most = int(CHUNK * decoding_s / row_s) if row_s else 0
         return max(_LEAST_ROWS, most)
