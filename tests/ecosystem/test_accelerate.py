@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -21,7 +22,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from symbiosis.errors import SymbiosisError
+from symbiosis import Session
 
 
 @pytest.fixture(autouse=True)
@@ -92,15 +93,29 @@ def test_saving_the_adapter_and_loading_it_whole(
         assert torch.equal(tuned(ids).logits, loaded(ids).logits)
 
 
-def test_saving_the_whole_state_says_what_to_do_instead(
+@pytest.mark.fetches
+def test_saving_the_whole_state(
+    twins: list[PreTrainedModel], session: Session, loader: DataLoader, tmp_path: Path
+) -> None:
+    """``save_state`` writes the base along with the adapter: one fetch of each weight."""
+    saved = []
+    for name, model in zip(("local", "remote"), twins, strict=True):
+        tuned = adapted(model)
+        accelerator = Accelerator(cpu=True)
+        train(tuned, loader, accelerator)
+        accelerator.save_state(str(tmp_path / name))
+        saved.append(load_file(tmp_path / name / "model.safetensors"))
+    outcomes.assert_equal(saved[1], saved[0])
+    assert session.stats().fetched_bytes == session.welcome["bytes"]
+
+
+def test_saving_the_state_without_the_base(
     twins: list[PreTrainedModel], loader: DataLoader, tmp_path: Path
 ) -> None:
-    """``save_state`` writes the base along with the adapter, unless a hook leaves it out."""
+    """As accelerate's guide to PEFT does it: a hook that saves the adapter alone."""
     tuned = adapted(twins[1])
     accelerator = Accelerator(cpu=True)
     train(tuned, loader, accelerator)
-    with pytest.raises(SymbiosisError, match="Save the adapter"):
-        accelerator.save_state(str(tmp_path / "refused"))
 
     def adapter_alone(models: list[PeftModel], weights: list[object], folder: str) -> None:
         for model in models:
@@ -108,6 +123,7 @@ def test_saving_the_whole_state_says_what_to_do_instead(
             weights.pop()
 
     accelerator.register_save_state_pre_hook(adapter_alone)
-    accelerator.save_state(str(tmp_path / "kept"))
-    assert (tmp_path / "kept" / "adapter_model.safetensors").exists()
-    assert (tmp_path / "kept" / "optimizer.bin").exists()
+    accelerator.save_state(str(tmp_path))
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert (tmp_path / "optimizer.bin").exists()
+    assert not (tmp_path / "model.safetensors").exists()

@@ -35,12 +35,14 @@ _PAIRS = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16
 class QuantizedMatrix(Protocol):
     """What is kept of a matrix."""
 
+    device: torch.device
+
     @property
     def num_bytes(self) -> int:
         """Memory that it takes."""
 
-    def dense(self) -> Tensor:
-        """The matrix (rows, columns) in its original dtype; newly made at each call."""
+    def unpack(self, out: Tensor) -> Tensor:
+        """Write the matrix into ``out``, contiguous, of its shape and dtype; returns that."""
 
 
 class Int8Matrix:
@@ -51,14 +53,14 @@ class Int8Matrix:
         made = torchao.Int8Tensor.from_hp(matrix, torchao.PerRow(1 - output_dim))
         self._numbers: Tensor = made.qdata
         self._scales: Tensor = made.scale
-        self._dtype = matrix.dtype
+        self.device = matrix.device
 
     @property
     def num_bytes(self) -> int:
         return self._numbers.nbytes + self._scales.nbytes
 
-    def dense(self) -> Tensor:
-        return torch.mul(self._numbers, self._scales).to(self._dtype)
+    def unpack(self, out: Tensor) -> Tensor:
+        return out.copy_(self._numbers).mul_(self._scales)
 
 
 class Nf4Matrix:
@@ -69,6 +71,7 @@ class Nf4Matrix:
         blocks = matrix.numel() // _BLOCK
         scales = next(size for size in range(_SCALES, 0, -1) if blocks % size == 0)
         self._kept: Any = _torchao().to_nf4(matrix, _BLOCK, scales)
+        self.device = matrix.device
         code: Tensor = self._kept.nf4
         pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], 1)
         self._pairs = pairs.view(_PAIRS[matrix.dtype]).flatten()  # by byte: high half, low half
@@ -79,13 +82,15 @@ class Nf4Matrix:
         parts = (kept.quantized_data, kept.quantized_scalers, kept.quantization_factor)
         return sum(part.nbytes for part in parts)
 
-    def dense(self) -> Tensor:
+    def unpack(self, out: Tensor) -> Tensor:
         kept = self._kept
         scales: Tensor = kept.dequantize_scalers(
             kept.quantized_scalers, kept.quantization_factor, kept.scaler_block_size
         )
-        pairs = self._pairs.index_select(0, kept.quantized_data.int())
-        return pairs.view(kept.dtype).view(-1, _BLOCK).mul_(scales.unsqueeze(-1)).view(kept.shape)
+        pairs = out.view(-1).view(self._pairs.dtype)
+        torch.index_select(self._pairs, 0, kept.quantized_data.int(), out=pairs)
+        out.view(-1, _BLOCK).mul_(scales.unsqueeze(-1))
+        return out
 
 
 def quantize(matrix: Tensor, scheme: Scheme, output_dim: int) -> QuantizedMatrix | None:
@@ -98,7 +103,8 @@ def quantize(matrix: Tensor, scheme: Scheme, output_dim: int) -> QuantizedMatrix
     made: QuantizedMatrix = (
         Int8Matrix(matrix, output_dim) if scheme == "int8" else Nf4Matrix(matrix)
     )
-    error = (made.dense().float() - matrix.float()).norm() / matrix.float().norm()
+    unpacked = made.unpack(torch.empty_like(matrix))
+    error = (unpacked.float() - matrix.float()).norm() / matrix.float().norm()
     return made if error < _WORST[scheme] else None  # not for NaN either
 
 
@@ -113,6 +119,11 @@ def _torchao() -> Any:
     logging.getLogger("torchao").setLevel(logging.ERROR)  # of extensions for other machines
     try:
         from torchao import quantization  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+        if not hasattr(quantization, "Int8Tensor") or not hasattr(quantization, "to_nf4"):
+            raise ImportError("this one is older")
     except ImportError as error:
-        raise ModelError(f"a quantised base needs torchao ({error}): pip install torchao") from None
+        raise ModelError(
+            f"a quantised base needs torchao 0.18 or later ({error}): pip install -U torchao"
+        ) from None
     return quantization

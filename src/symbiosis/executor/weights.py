@@ -7,11 +7,14 @@ attaches receives them). Knows nothing of connections or scheduling.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import logging
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +72,9 @@ class HostedWeight:
 
     def dense(self) -> torch.Tensor:
         """The numbers; those of a quantised weight newly made."""
-        return self.tensor if self.quantized is None else self.quantized.dense()
+        if self.quantized is None:
+            return self.tensor
+        return self.quantized.unpack(torch.empty_like(self.tensor, device=self.quantized.device))
 
     @property
     def num_bytes(self) -> int:
@@ -107,7 +112,13 @@ class Weights:
         first = next(model.parameters())
         self.device = first.device
         self.num_parameters = sum(p.numel() for p in model.parameters())
+        self._unpacking = torch.empty(0)
         self._take(model)
+        if quantize is not None and all(weight.quantized is None for weight in self):
+            raise ModelError(
+                f"cannot host {name!r} in {quantize}: it has no linear layer that could be "
+                f"quantised; host it without --quantize"
+            )
         self.dtype = next(iter(self._hosted.values())).tensor.dtype
         self.files = _read_files(folder) if folder else _written_files(model)
 
@@ -148,6 +159,9 @@ class Weights:
             )
         folder = Path(str(config_file)).parent
         weights = cls(loaded.to(device).eval(), model, folder, quantize)
+        if quantize is not None:
+            del loaded
+            _give_memory_back()
         logger.info("loaded %s in %.1f s", model, time.monotonic() - started)
         return weights
 
@@ -178,10 +192,13 @@ class Weights:
             raise UnknownWeight(f"vector {vector_id} is not hosted here") from None
 
     def view(self, weight_id: int, recipe: Recipe) -> torch.Tensor:
-        """The weight as the recipe looks at it; raises UnknownWeight, InvalidInput."""
+        """The weight as the recipe looks at it; raises UnknownWeight, InvalidInput.
+
+        For the thread that computes: of a quantised weight the view lasts until the next call.
+        """
         hosted = self[weight_id]
         if hosted.quantized is not None:
-            return _looked_at(hosted, hosted.dense(), recipe)
+            return _looked_at(hosted, self._unpacked(hosted, hosted.quantized), recipe)
         if not recipe:
             return hosted.tensor
         key = (weight_id, recipe)
@@ -203,6 +220,14 @@ class Weights:
         if not recipe:
             return hosted.tensor
         return _looked_at(hosted, hosted.tensor.to("meta"), recipe)
+
+    def _unpacked(self, hosted: HostedWeight, kept: QuantizedMatrix) -> torch.Tensor:
+        """In memory that all quantised weights use in turn: taking new memory for each would
+        cost more than the unpacking."""
+        size = hosted.tensor.numel()
+        if self._unpacking.numel() < size:
+            self._unpacking = torch.empty(size, dtype=hosted.tensor.dtype, device=kept.device)
+        return kept.unpack(self._unpacking[:size].view(hosted.tensor.shape))
 
     def shipped_bytes(self) -> bytes:
         """Shipped parameters and buffers as one safetensors file."""
@@ -231,14 +256,19 @@ class Weights:
             data = data.clone(memory_format=torch.contiguous_format)
         number = len(self._hosted) + 1
         self._hosted[number] = HostedWeight(number, names, data)
-        if self.quantization is None or output_dim is None:
-            return
-        made = quantized.quantize(data, self.quantization, output_dim)
-        if made is None:
-            logger.warning("%s stays dense: %s does not fit it", names[0], self.quantization)
-            return
-        self._hosted[number] = HostedWeight(number, names, data.to("meta"), made)
-        tensor.data = tensor.new_empty(0)  # the model is ours: nobody needs the dense numbers
+        if self.quantization is not None:
+            self._hosted[number] = self._quantized(self._hosted[number], output_dim)
+            tensor.data = tensor.new_empty(0)  # the model is ours: nobody needs its numbers
+
+    def _quantized(self, hosted: HostedWeight, output_dim: int | None) -> HostedWeight:
+        """What is left dense is copied, lest it keep the whole file in memory that it lies in."""
+        assert self.quantization is not None
+        if output_dim is not None:
+            made = quantized.quantize(hosted.tensor, self.quantization, output_dim)
+            if made is not None:
+                return replace(hosted, tensor=hosted.tensor.to("meta"), quantized=made)
+            logger.warning("%s stays dense: it does not fit %s", hosted.names[0], self.quantization)
+        return replace(hosted, tensor=hosted.tensor.clone())
 
     def _ship(self, name: str, tensor: torch.Tensor) -> None:
         data = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -267,6 +297,13 @@ def _is_hosted(module: nn.Module, parameter: torch.Tensor) -> bool:
         return False
     experts = parameter.dim() == 3 and parameter.shape[0] > 1
     return isinstance(module, _PRODUCT_MODULES) or experts or parameter.numel() >= LARGE
+
+
+def _give_memory_back() -> None:
+    """The dense model has gone, but the allocator keeps its pages unless it is told not to."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # other systems than glibc's
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _output_dim(module: nn.Module) -> int | None:
