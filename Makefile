@@ -39,6 +39,7 @@ bench: setup  ## the figures of the README; about 20 minutes on 2 cores
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/policies.py
+	$(BIN)/python benchmarks/quantized.py
 	$(BIN)/python benchmarks/table.py
 
 clean:
