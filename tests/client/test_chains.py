@@ -13,6 +13,7 @@ import tiny
 from symbiosis import Executor, Session, connect
 from symbiosis.client.trace import Traced
 from symbiosis.errors import ConnectionLost
+from symbiosis.wire.exchange import Exchange, Op, Priority, Result
 
 Serve = Callable[..., tuple[Executor, str]]
 
@@ -208,7 +209,30 @@ def test_a_watched_tensor_that_stays_is_as_good_as_a_plain_one(base: Session) ->
     assert torch.equal(torch.stack(kept[:2]), torch.stack([t.clone() for t in kept[:2]]))
 
 
-def test_training_and_prefill_do_not_use_chains(base: Session) -> None:
+def test_training_is_not_chained_and_has_its_priority(base: Session) -> None:
+    """Within an autograd function torch says that gradients are off: it must not be believed."""
+    model = get_peft_model(base.model(), lora(["o_proj"]))
+    asked = []
+    channel = base._channel
+    assert channel is not None
+    send = channel.exchange
+
+    def watched(exchange: Exchange) -> Result:
+        asked.append((exchange.op, exchange.priority))
+        return send(exchange)
+
+    channel.exchange = watched  # type: ignore[method-assign]
+    for _ in range(6):
+        model(tiny.tokens(1, 3), labels=tiny.tokens(1, 3)).loss.backward()
+    assert {priority for _, priority in asked} == {Priority.TRAINING}
+    assert Op.CHAIN not in {op for op, _ in asked}
+    asked.clear()
+    decode(model)
+    assert {priority for _, priority in asked} == {Priority.INTERACTIVE}
+    assert Op.CHAIN in {op for op, _ in asked}
+
+
+def test_training_and_prefill_are_exact_beside_chains(base: Session) -> None:
     local, model = tiny.llama(), base.model()
     decode(model)
     ids = tiny.tokens()

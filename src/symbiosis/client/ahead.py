@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from symbiosis.client.chains import MAX_INPUT_BYTES, Chains
@@ -21,9 +20,10 @@ from symbiosis.client.trace import plain
 from symbiosis.wire.exchange import Op
 
 Send = Callable[
-    [Op, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[Tensor, ...]], tuple[Tensor, ...]
+    [Op, tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[Tensor, ...], bool],
+    tuple[Tensor, ...],
 ]
-"""(operation, weights, biases, params, tensors) → results."""
+"""(operation, weights, biases, params, tensors, whether gradients are recorded) → results."""
 
 
 _MOST_ROW_COUNTS = 16
@@ -51,20 +51,21 @@ class Ahead:
         self.grouped = 0
         """Products answered along with another, without an exchange of their own."""
 
-    def product(self, member: Member, x: Tensor) -> Tensor:
-        """A LINEAR, MATMUL or EMBEDDING of ``x``, contiguous, with a whole weight."""
-        if x.nbytes > MAX_INPUT_BYTES or torch.is_grad_enabled():
-            return self._grouped(member, plain(x))
+    def product(self, member: Member, x: Tensor, recording: bool) -> Tensor:
+        """A LINEAR, MATMUL or EMBEDDING of ``x``, contiguous, with a whole weight. ``recording``:
+        gradients are recorded, so that this is training, where nothing is chained."""
+        if x.nbytes > MAX_INPUT_BYTES or recording:
+            return self._grouped(member, plain(x), recording)
         chains = self._chains_for(x.numel() // (1 if member[0] is Op.EMBEDDING else x.shape[-1]))
         result = chains.answer(member, plain(x))
         if result is not None:
             self.grouped += 1
         elif (asked := chains.ask(member, plain(x))) is not None:
             ask, tensors = asked
-            (outputs,) = self._send(Op.CHAIN, ask.weights, ask.biases, ask.params, tensors)
+            (outputs,) = self._send(Op.CHAIN, ask.weights, ask.biases, ask.params, tensors, False)
             result = chains.arrived(ask, tensors[0], outputs)
         else:
-            result = self._grouped(member, plain(x))
+            result = self._grouped(member, plain(x), False)
         return chains.observe(member, x, result)
 
     def clear(self) -> None:
@@ -84,10 +85,10 @@ class Ahead:
             found = self._chains[rows] = Chains(self._vector_id)
         return found
 
-    def _grouped(self, member: Member, x: Tensor) -> Tensor:
+    def _grouped(self, member: Member, x: Tensor, recording: bool) -> Tensor:
         op, weight, _, bias = member
         if op is Op.EMBEDDING:
-            return self._send(op, (weight,), (bias,), (), (x,))[0]
+            return self._send(op, (weight,), (bias,), (), (x,), recording)[0]
         input_key = (x.data_ptr(), x._version, x.shape, x.dtype)
         found = self._from_sibling(input_key, member)
         self._groups.observe(input_key, member)
@@ -96,7 +97,7 @@ class Ahead:
             return found
         members = [m for m in self._groups.members(member) if m[0] == op]
         weights, biases = zip(*[(m[1], m[3]) for m in members], strict=True)
-        results = self._send(op, weights, biases, (), (x,))
+        results = self._send(op, weights, biases, (), (x,), recording)
         if len(members) > 1:
             rest = dict(zip(members[1:], results[1:], strict=True))
             self._siblings = _Siblings(x, input_key, rest)

@@ -33,7 +33,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: RemoteWeight, op: Op, bias: int) -> Tensor:
         ctx.weight, ctx.op = weight, op
-        return weight._session.product(op, x, weight._weight, weight._recipe, bias, forward=True)
+        return weight._session.product(
+            op, x, weight._weight, weight._recipe, bias, forward=True, recording=True
+        )
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
@@ -77,7 +79,15 @@ def product(op: Op, x: Tensor, weight: RemoteWeight, bias: Tensor | None = None)
     if x.requires_grad and torch.is_grad_enabled():
         y: Tensor = _Product.apply(x, weight, op, shared)  # type: ignore[no-untyped-call]
     else:
-        y = weight._session.product(op, x, weight._weight, weight._recipe, shared, forward=True)
+        y = weight._session.product(
+            op,
+            x,
+            weight._weight,
+            weight._recipe,
+            shared,
+            forward=True,
+            recording=torch.is_grad_enabled(),
+        )
     return y if bias is None or shared else y + bias.to(y.dtype)
 
 

@@ -198,25 +198,40 @@ class Session:
     # The data path
 
     def product(
-        self, op: Op, x: Tensor, weight: int, recipe: Recipe, bias: int, *, forward: bool
+        self,
+        op: Op,
+        x: Tensor,
+        weight: int,
+        recipe: Recipe,
+        bias: int,
+        *,
+        forward: bool,
+        recording: bool = False,
     ) -> Tensor:
         """LINEAR or MATMUL of ``x`` (..., I) with a weight: (..., O), in x's dtype, on its device.
 
-        ``forward`` marks a product whose siblings on the same input may be asked for with it.
+        ``forward`` marks a product whose siblings on the same input may be asked for with it;
+        ``recording`` that gradients are recorded (within an autograd function torch says no).
         """
         x = x.detach().contiguous()
         with self._lock:
             if forward and not recipe and not x.is_inference():  # those have no version
-                return self._ahead.product((op, weight, recipe, bias), x)
-            return self._exchange(op, (weight,), (bias,), recipe, (), (plain(x),), forward)[0]
+                return self._ahead.product((op, weight, recipe, bias), x, recording)
+            recording = recording or not forward
+            return self._exchange(
+                op, (weight,), (bias,), recipe, (), (plain(x),), forward, recording
+            )[0]
 
     def lookup(self, ids: Tensor, weight: int, recipe: Recipe) -> Tensor:
         """EMBEDDING of ``ids`` (...) with a weight: (..., O)."""
-        ids = ids.detach().contiguous()
+        ids, recording = ids.detach().contiguous(), torch.is_grad_enabled()
         with self._lock:
             if not recipe and not ids.is_inference():
-                return self._ahead.product((Op.EMBEDDING, weight, recipe, NO_BIAS), ids)
-            return self._exchange(Op.EMBEDDING, (weight,), (NO_BIAS,), recipe, (), (ids,), True)[0]
+                member = (Op.EMBEDDING, weight, recipe, NO_BIAS)
+                return self._ahead.product(member, ids, recording)
+            return self._exchange(
+                Op.EMBEDDING, (weight,), (NO_BIAS,), recipe, (), (ids,), True, recording
+            )[0]
 
     def exchange(
         self,
@@ -231,7 +246,9 @@ class Session:
         """Any operation of the closed list on one weight; the result on the input's device."""
         detached = tuple(tensor.detach().contiguous() for tensor in tensors)
         with self._lock:
-            return self._exchange(op, (weight,), (bias,), recipe, params, detached, True)[0]
+            return self._exchange(
+                op, (weight,), (bias,), recipe, params, detached, True, torch.is_grad_enabled()
+            )[0]
 
     def fetch(self, weight: int, why: str) -> Tensor:
         """The whole of a weight, on the CPU, in the executor's dtype; kept for further use.
@@ -313,8 +330,9 @@ class Session:
         biases: tuple[int, ...],
         params: tuple[int, ...],
         tensors: tuple[Tensor, ...],
+        recording: bool,
     ) -> tuple[Tensor, ...]:
-        return self._exchange(op, weights, biases, (), params, tensors, True)
+        return self._exchange(op, weights, biases, (), params, tensors, True, recording)
 
     def _exchange(
         self,
@@ -325,10 +343,11 @@ class Session:
         params: tuple[int, ...],
         tensors: tuple[Tensor, ...],
         forward: bool,
+        recording: bool,
     ) -> tuple[Tensor, ...]:
         specs = tuple(spec_of(tensor) for tensor in tensors)
         exchange = Exchange(
-            op, weights, biases, recipe, params, specs, tensors, self._priority_of(forward)
+            op, weights, biases, recipe, params, specs, tensors, self._priority_of(recording)
         )
         channel = self._open()
         started_s = time.perf_counter()
@@ -355,10 +374,9 @@ class Session:
             return result.tensors
         return tuple(tensor.to(device) for tensor in result.tensors)
 
-    def _priority_of(self, forward: bool) -> Priority:
+    def _priority_of(self, recording: bool) -> Priority:
         if self._priority == "auto":
-            training = not forward or torch.is_grad_enabled()
-            return Priority.TRAINING if training else Priority.INTERACTIVE
+            return Priority.TRAINING if recording else Priority.INTERACTIVE
         return Priority.TRAINING if self._priority == "training" else Priority.INTERACTIVE
 
     def _request(self, question: Json) -> tuple[Json, Tensor]:
