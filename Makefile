@@ -20,7 +20,7 @@ demo: setup  ## one executor, four fine-tuning clients, one streaming client
 	$(BIN)/python examples/demo.py
 
 test: setup  ## the test-suite
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 
 check: setup  ## lint, formatting, types, import directions
 	$(BIN)/ruff check .

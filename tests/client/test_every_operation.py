@@ -148,7 +148,14 @@ def functions() -> Iterator[Case]:
         if distributed or _SKIPPED.search(name):
             continue
         for text, make in arguments():
-            yield Case(f"{name}{text}", lambda w, f=func, make=make: f(*make(w)))
+            yield Case(f"{name}{text}", lambda w, f=func, make=make: f(*own(make(w), w)))
+
+
+def own(args: Any, weight: Tensor) -> Any:
+    """Arguments that may be changed in place: the next call must not see it."""
+    if isinstance(args, (tuple, list)):
+        return type(args)(own(arg, weight) for arg in args)
+    return args.clone() if isinstance(args, Tensor) and args is not weight else args
 
 
 _VALUES: dict[str, tuple[Any, ...]] = {

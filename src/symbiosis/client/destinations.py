@@ -62,14 +62,8 @@ def write(twin: Twin, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _of_out(overload: Any, destination: str) -> Any:
-    wanted = [(a.name, str(a.type)) for a in overload._schema.arguments if a.name != destination]
-    packet = overload.overloadpacket
-    for name in packet.overloads():
-        candidate = getattr(packet, name)
-        schema = candidate._schema
-        if not schema.is_mutable and wanted == [(a.name, str(a.type)) for a in schema.arguments]:
-            return candidate
-    return None
+    wanted = [a for a in _signature(overload) if a[0] != destination]
+    return _pure(overload.overloadpacket, wanted)
 
 
 def _of_in_place(overload: Any) -> Any:
@@ -77,4 +71,17 @@ def _of_in_place(overload: Any) -> Any:
     if not name.endswith("_") or name.endswith("__"):
         return None
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    return getattr(packet, overload._overloadname, None)
+    return packet and _pure(packet, _signature(overload))
+
+
+def _signature(overload: Any) -> list[tuple[str, str]]:
+    return [(argument.name, str(argument.type)) for argument in overload._schema.arguments]
+
+
+def _pure(packet: Any, signature: list[tuple[str, str]]) -> Any:
+    """The overload with that signature that writes nowhere."""
+    for name in packet.overloads():
+        candidate = getattr(packet, name)
+        if not candidate._schema.is_mutable and _signature(candidate) == signature:
+            return candidate
+    return None

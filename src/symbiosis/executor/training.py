@@ -12,6 +12,7 @@ CHUNK = 8
 """A decoder waits for training as long as so many of its own products take, at most."""
 
 _LEAST_ROWS = 64  # fewer rows leave the processor waiting for the weight
+_MOST_ROWS = 1 << 30
 _MOST_KEYS = 4096
 _LEAST_COST_S = 1e-6  # so that nothing is owed before anything was passed over
 
@@ -54,5 +55,5 @@ class TrainingShare:
     def most_rows(self, key: Hashable, decoding_s: float) -> int:
         """How many rows to compute at once beside decoders, whose batches take ``decoding_s``."""
         row_s = self._row_s.get(key, 0.0)
-        most = int(CHUNK * decoding_s / row_s) if row_s else 0
+        most = int(min(CHUNK * decoding_s / row_s, _MOST_ROWS)) if row_s else 0
         return max(_LEAST_ROWS, most)
