@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from symbiosis.client.remote_weight import RemoteWeight
-from symbiosis.client.session import Session, WeightInfo
+from symbiosis.client.session import Session
+from symbiosis.client.welcome import WeightInfo
 from symbiosis.errors import ModelError
 
 logger = logging.getLogger(__name__)

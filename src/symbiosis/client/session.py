@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from symbiosis.client.ahead import Ahead
 from symbiosis.client.trace import plain
+from symbiosis.client.welcome import WeightInfo, unpack_files, vector_table, weight_table
 from symbiosis.errors import ConnectionLost, ModelError, ProtocolError, SymbiosisError
 from symbiosis.transport.channel import Channel
 from symbiosis.wire.exchange import NO_BIAS, Exchange, Op, Priority
@@ -43,14 +44,6 @@ PriorityName = Literal["auto", "interactive", "training"]
 Opener = Callable[[Json], Channel]
 
 _serial = itertools.count(1)
-
-
-class WeightInfo(NamedTuple):
-    """A hosted weight as the executor describes it."""
-
-    id: int
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +116,11 @@ class Session:
         self.weights: dict[int, WeightInfo] = {}
         self.welcome = self._open().welcome
         try:
-            self.weights = _weight_table(self.welcome)
+            self.weights = weight_table(self.welcome)
         except ProtocolError:
             self._drop_channel()
             raise
-        self.vectors = _vector_table(self.welcome)
+        self.vectors = vector_table(self.welcome)
 
     # Models
 
@@ -159,7 +152,7 @@ class Session:
         with self._lock:
             if self._folder is None:
                 answer, payload = self._request({"get": "files"})
-                files = _files(answer, payload.numpy().tobytes())
+                files = unpack_files(answer, payload.numpy().tobytes())
                 folder = Path(tempfile.mkdtemp(prefix="symbiosis-"))
                 self._remove_folder = weakref.finalize(self, _remove, folder, os.getpid())
                 for name, data in files.items():
@@ -400,7 +393,7 @@ class Session:
             raise ConnectionLost(f"this session with {self.url} is closed; call connect() again")
         if self._channel is None or self._channel_pid != os.getpid():
             channel = self._opener({**self._hello, "pid": os.getpid()})
-            if self.weights and _weight_table(channel.welcome) != self.weights:
+            if self.weights and weight_table(channel.welcome) != self.weights:
                 channel.close()
                 raise ModelError(
                     f"{self.url} no longer hosts {self.welcome.get('model')} but "
@@ -415,40 +408,7 @@ class Session:
         self._channel = None
 
 
-def _weight_table(welcome: Json) -> dict[int, WeightInfo]:
-    try:
-        entries = [
-            WeightInfo(int(w["id"]), tuple(w["names"]), tuple(w["shape"]))
-            for w in welcome["weights"]  # type: ignore[attr-defined]
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ProtocolError(
-            f"the executor's welcome has no proper table of weights: {error!r}"
-        ) from None
-    return {entry.id: entry for entry in entries}
-
-
-def _vector_table(welcome: Json) -> dict[str, int]:
-    vectors = welcome.get("vectors")
-    return {str(k): int(v) for k, v in vectors.items()} if isinstance(vectors, dict) else {}
-
-
 def _remove(folder: Path, owner_pid: int) -> None:
     """A forked child must not remove its parent's folder."""
     if os.getpid() == owner_pid:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _files(answer: Json, data: bytes) -> dict[str, bytes]:
-    sizes = answer.get("files")
-    if not isinstance(sizes, dict) or not all(isinstance(s, int) for s in sizes.values()):
-        raise ProtocolError("the executor sent no list of files with their sizes")
-    if sum(sizes.values()) != len(data) or any(size < 0 for size in sizes.values()):
-        raise ProtocolError("the executor's files do not have the sizes that it gave")
-    files, at = {}, 0
-    for name, size in sizes.items():
-        if name in ("", ".", "..") or Path(name).name != name:
-            raise ProtocolError(f"the executor sent a file named {name!r}; plain names only")
-        files[name] = data[at : at + size]
-        at += size
-    return files
