@@ -40,9 +40,8 @@ class _Siblings(NamedTuple):
 class Ahead:
     """Answers forward products of one session. Not thread-safe."""
 
-    def __init__(self, send: Send, vector_id: Callable[[Tensor], int]) -> None:
+    def __init__(self, vector_id: Callable[[Tensor], int]) -> None:
         """``vector_id`` gives the id of a shipped vector that a tensor is, or 0."""
-        self._send = send
         self._groups: InputGroups[Member] = InputGroups()
         self._siblings: _Siblings | None = None
         self._last_input: Tensor | None = None  # alive, so that the next is not taken for it
@@ -51,26 +50,28 @@ class Ahead:
         self.grouped = 0
         """Products answered along with another, without an exchange of their own."""
 
-    def product(self, member: Member, x: Tensor, recording: bool) -> Tensor:
+    def product(self, member: Member, x: Tensor, recording: bool, send: Send) -> Tensor:
         """A LINEAR, MATMUL or EMBEDDING of ``x``, contiguous, with a whole weight. ``recording``:
         gradients are recorded, so that this is training, where nothing is chained."""
         if x.nbytes > MAX_INPUT_BYTES or recording:
-            return self._grouped(member, plain(x), recording)
+            return self._grouped(member, plain(x), recording, send)
         chains = self._chains_for(x.numel() // (1 if member[0] is Op.EMBEDDING else x.shape[-1]))
         result = chains.answer(member, plain(x))
         if result is not None:
             self.grouped += 1
         elif (asked := chains.ask(member, plain(x))) is not None:
             ask, tensors = asked
-            (outputs,) = self._send(Op.CHAIN, ask.weights, ask.biases, ask.params, tensors, False)
+            (outputs,) = send(Op.CHAIN, ask.weights, ask.biases, ask.params, tensors, False)
             result = chains.arrived(ask, tensors[0], outputs)
         else:
-            result = self._grouped(member, plain(x), False)
+            result = self._grouped(member, plain(x), False, send)
         return chains.observe(member, x, result)
 
     def clear(self) -> None:
         """Drop results that wait for their products."""
         self._siblings = self._last_input = None
+        for chains in self._chains.values():
+            chains.forget()
         self._chains.clear()
 
     def plan(self) -> list[tuple[Member, ...]]:
@@ -81,14 +82,14 @@ class Ahead:
         found = self._chains.get(rows)
         if found is None:
             if len(self._chains) == _MOST_ROW_COUNTS:
-                self._chains.pop(next(iter(self._chains)))
+                self._chains.pop(next(iter(self._chains))).forget()
             found = self._chains[rows] = Chains(self._vector_id)
         return found
 
-    def _grouped(self, member: Member, x: Tensor, recording: bool) -> Tensor:
+    def _grouped(self, member: Member, x: Tensor, recording: bool, send: Send) -> Tensor:
         op, weight, _, bias = member
         if op is Op.EMBEDDING:
-            return self._send(op, (weight,), (bias,), (), (x,), recording)[0]
+            return send(op, (weight,), (bias,), (), (x,), recording)[0]
         input_key = (x.data_ptr(), x._version, x.shape, x.dtype)
         found = self._from_sibling(input_key, member)
         self._groups.observe(input_key, member)
@@ -97,7 +98,7 @@ class Ahead:
             return found
         members = [m for m in self._groups.members(member) if m[0] == op]
         weights, biases = zip(*[(m[1], m[3]) for m in members], strict=True)
-        results = self._send(op, weights, biases, (), (x,), recording)
+        results = send(op, weights, biases, (), (x,), recording)
         if len(members) > 1:
             rest = dict(zip(members[1:], results[1:], strict=True))
             self._siblings = _Siblings(x, input_key, rest)

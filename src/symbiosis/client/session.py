@@ -109,7 +109,7 @@ class Session:
         self._channel_pid = 0
         self._closed = False
         self._counters = _Counters()
-        self._ahead = Ahead(self._send_forward, self.vector_id)
+        self._ahead = Ahead(functools.partial(_vector_id, weakref.ref(self)))
         self._fetched: dict[int, Tensor] = {}
         self._folder: Path | None = None
         self._remove_folder: weakref.finalize[[Path, int], Session] | None = None
@@ -209,7 +209,8 @@ class Session:
         x = x.detach().contiguous()
         with self._lock:
             if forward and not recipe and not x.is_inference():  # those have no version
-                return self._ahead.product((op, weight, recipe, bias), x, recording)
+                member = (op, weight, recipe, bias)
+                return self._ahead.product(member, x, recording, self._send_forward)
             recording = recording or not forward
             return self._exchange(
                 op, (weight,), (bias,), recipe, (), (plain(x),), forward, recording
@@ -221,7 +222,7 @@ class Session:
         with self._lock:
             if not recipe and not ids.is_inference():
                 member = (Op.EMBEDDING, weight, recipe, NO_BIAS)
-                return self._ahead.product(member, ids, recording)
+                return self._ahead.product(member, ids, recording, self._send_forward)
             return self._exchange(
                 Op.EMBEDDING, (weight,), (NO_BIAS,), recipe, (), (ids,), True, recording
             )[0]
@@ -264,12 +265,6 @@ class Session:
                     why,
                 )
             return found
-
-    def vector_id(self, tensor: Tensor) -> int:
-        """The executor's number of the shipped vector that ``tensor`` was made from, or 0. Its
-        values may have been changed since."""
-        number, session, _ = getattr(tensor, "symbiosis_vector", (0, None, None))
-        return number if session is self else 0
 
     def plan(self) -> list[list[str]]:
         """The chains that have been learned: the weights that one exchange asks for, in order.
@@ -412,3 +407,10 @@ def _remove(folder: Path, owner_pid: int) -> None:
     """A forked child must not remove its parent's folder."""
     if os.getpid() == owner_pid:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _vector_id(session: weakref.ref[Session], tensor: Tensor) -> int:
+    """The executor's number of the shipped vector that ``tensor`` was made from, or 0. Its values
+    may have been changed since. The reference is weak: a forgotten session closes at once."""
+    number, owner, _ = getattr(tensor, "symbiosis_vector", (0, None, None))
+    return number if owner is not None and owner is session() else 0

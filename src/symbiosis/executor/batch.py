@@ -36,9 +36,8 @@ def compute(exchanges: list[Exchange], weights: Weights) -> list[tuple[torch.Ten
     if len(exchanges) == 1:
         return [tuple(ops.run(first, weights, first.tensors))]
     rows = [[as_rows(x) for x in exchange.tensors] for exchange in exchanges]
-    outputs = ops.run(
-        first, weights, tuple(torch.cat(column) for column in zip(*rows, strict=True))
-    )
+    joined = tuple(torch.cat(column) for column in zip(*rows, strict=True))
+    outputs = ops.run(first._replace(place=None), weights, joined)
     sizes = [row[0].shape[0] for row in rows]
     parts = [torch.split(output, sizes) for output in outputs]
     return [
@@ -69,7 +68,7 @@ class Pieces:
 
     def exchange(self, start: int, stop: int) -> Exchange:
         """Rows ``start`` to ``stop`` as an exchange."""
-        return self._exchange._replace(tensors=(self._rows[start:stop],))
+        return self._exchange._replace(tensors=(self._rows[start:stop],), place=None)
 
     def add(self, start: int, outputs: tuple[torch.Tensor, ...]) -> None:
         """Those rows' outputs."""

@@ -74,10 +74,12 @@ def run(
     """
     if exchange.op is Op.CHAIN:
         return chain.run(exchange, weights, inputs)
-    return [
-        _run_one(exchange, weights.view(weight, exchange.recipe), _bias(weights, bias), inputs)
-        for weight, bias in zip(exchange.weights, exchange.biases, strict=True)
-    ]
+    results = []
+    for number, (weight, bias_id) in enumerate(zip(exchange.weights, exchange.biases, strict=True)):
+        w, bias = weights.view(weight, exchange.recipe), _bias(weights, bias_id)
+        y = _run_in_place(exchange, number, w, bias, inputs[0])
+        results.append(_run_one(exchange, w, bias, inputs) if y is None else y)
+    return results
 
 
 def check_values(exchange: Exchange, plan: Plan) -> None:
@@ -273,6 +275,26 @@ def _convolution_input_grad(
         no_input = dy.new_empty(()).expand(input_shape)
     grads = torch.ops.aten.convolution_backward(dy, no_input, w, None, *conv, [True, False, False])
     return grads[0]  # type: ignore[no-any-return]
+
+
+def _run_in_place(
+    exchange: Exchange, number: int, w: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+) -> torch.Tensor | None:
+    """A product computed where its client wants it, by the kernel that computes it elsewhere."""
+    if exchange.place is None or exchange.op not in (Op.LINEAR, Op.MATMUL):
+        return None
+    if not (x.is_cpu and w.is_cpu and x.dtype is w.dtype is torch.float32):
+        return None
+    matrix = w.t() if exchange.op is Op.LINEAR else w
+    y = exchange.place(number, x.dtype, (*x.shape[:-1], matrix.shape[1]))
+    if y is None:
+        return None
+    rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+    if bias is None:
+        torch.mm(rows, matrix, out=out)
+    else:
+        torch.addmm(bias, rows, matrix, out=out)
+    return y
 
 
 def _run_one(

@@ -8,6 +8,7 @@ sockets and frames; what an exchange means is the engine's business.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import selectors
@@ -377,14 +378,16 @@ class _Connection:
         assert self._client is not None
         self._in_flight += 1
         self._count(bytes_in=len(frame.meta) + len(frame.payload))
+        place = None
         if places is None:
             tensors = from_payload(frame.payload, exchange.specs)
         else:
             assert self._arena is not None
             tensors = self._arena.inputs(places, exchange.specs, frame.payload)
+            place = functools.partial(self._arena.place, places)
         self._server.engine.submit(
             self._client,
-            exchange._replace(tensors=tensors),
+            exchange._replace(tensors=tensors, place=place),
             plan,
             lambda outcome: self._server.reply(self, frame.request, outcome, places),
         )

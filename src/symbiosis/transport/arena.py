@@ -337,17 +337,26 @@ class AttachedArena:
             for start, spec in zip(places.inputs, specs, strict=True)
         )
 
+    def place(
+        self, places: Places, number: int, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> torch.Tensor | None:
+        """The memory for the result of that number, if the client has made room for it."""
+        if not places.holds(number, TensorSpec(dtype, shape).num_bytes):
+            return None
+        return self._tensor(places.results[number].start, dtype, shape)
+
     def deliver(
         self, places: Places, results: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]:
-        """Write the results into their places; those that have none are returned."""
+        """Write the results into their places, where they are not there already; those that
+        have none are returned."""
         rest = []
         for number, result in enumerate(results):
-            if places.holds(number, result.nbytes):
-                start = places.results[number].start
-                self._tensor(start, result.dtype, tuple(result.shape)).copy_(result)
-            else:
+            place = self.place(places, number, result.dtype, tuple(result.shape))
+            if place is None:
                 rest.append(result)
+            elif place.data_ptr() != result.data_ptr():
+                place.copy_(result)
         return tuple(rest)
 
     def _tensor(self, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,10 @@ class Priority(enum.IntEnum):
     TRAINING = 1
 
 
+Place = Callable[[int, torch.dtype, tuple[int, ...]], torch.Tensor | None]
+"""Memory for the result of that number, dtype and shape; None if there is none for it."""
+
+
 class Exchange(NamedTuple):
     """What the executor is asked to compute. Several ``weights`` share the one input."""
 
@@ -59,6 +64,7 @@ class Exchange(NamedTuple):
     specs: tuple[TensorSpec, ...]
     tensors: tuple[torch.Tensor, ...]  # contiguous; empty until the payload has arrived
     priority: Priority
+    place: Place | None = None  # in the executor: where its client would like the results
 
 
 class Result(NamedTuple):
