@@ -8,15 +8,12 @@ alive at once while their memory is measured. No symbiosis in here.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-for name in ("torchao", "torch.utils._pytree"):  # peft imports torchao where there is one
-    logging.getLogger(name).setLevel(logging.ERROR)
 
 import torch
 from peft import (
