@@ -21,6 +21,7 @@ def connect(
     deadline_ms: float | None = None,
     timeout_s: float = 10.0,
     arena_bytes: int = 4 << 30,
+    privacy: Mode | Privacy | None = None,
 ) -> Session:
     """Open a session with the executor at ``base``.
 
@@ -32,10 +33,13 @@ def connect(
     exchanges for others beyond ``deadline_ms`` after arrival (0: never holds them).
     ``timeout_s`` bounds connecting. ``arena_bytes`` is the address space that is shared with an
     executor behind a UNIX socket, for large tensors; memory is taken as it is used, and 0 sends
-    everything through the socket.
+    everything through the socket. ``privacy`` hides what is sent from whoever runs the executor:
+    ``plain`` (nothing is hidden), ``masked-local``, or a `symbiosis.Privacy` that says more;
+    `Session.privacy_report` says what that promises.
 
-    Raises ConnectionFailed, ProtocolError.
+    Raises ConnectionFailed, ProtocolError, PrivacyError.
     """
+    chosen = Privacy.of(privacy)
     if not isinstance(base, str):
         return Session(
             base.open_channel,

@@ -13,6 +13,7 @@
     │   └── ExchangeFailed      the computation itself failed (out of memory, for example)
     ├── FetchRefused            this executor does not hand out its weights
     ├── UnsupportedOperation    no meaning is defined for this use of a remote weight
+    ├── PrivacyError            a privacy mode cannot keep its promise, so nothing was sent
     ├── ModelError              a model folder cannot be hosted, or is not the one hosted here
     ├── DataError               a line of a data set is malformed
     └── MethodError             an unknown PEFT method or option
@@ -88,6 +89,12 @@ class UnsupportedOperation(SymbiosisError, NotImplementedError):
     """A remote weight was used in a way that has no remote meaning."""
 
     code = "unsupported-operation"
+
+
+class PrivacyError(SymbiosisError):
+    """A privacy mode cannot keep its promise; what would have broken it was not sent."""
+
+    code = "privacy"
 
 
 class ModelError(SymbiosisError):

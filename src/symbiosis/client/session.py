@@ -29,6 +29,7 @@ from symbiosis.client.ahead import Ahead
 from symbiosis.client.trace import plain
 from symbiosis.client.welcome import WeightInfo, unpack_files, vector_table, weight_table
 from symbiosis.errors import ConnectionLost, ModelError, ProtocolError, SymbiosisError
+from symbiosis.privacy.modes import Privacy, PrivacyReport, report_of
 from symbiosis.transport.channel import Channel
 from symbiosis.wire.exchange import NO_BIAS, Exchange, Op, Priority
 from symbiosis.wire.frames import VERSION, Json
@@ -89,8 +90,10 @@ class Session:
         priority: PriorityName = "auto",
         weight: float = 1.0,
         deadline_ms: float | None = None,
+        masked: int | None = None,
     ) -> None:
-        """``opener`` opens channels to ``url``; the first is opened here. Raises
+        """``opener`` opens channels to ``url``; the first is opened here. ``masked`` declares
+        that nothing but masked exchanges will come, with weights of so many bits. Raises
         ConnectionFailed, ProtocolError."""
         if priority not in ("auto", "interactive", "training"):
             raise ValueError(f"priority is {priority!r}; use auto, interactive or training")
@@ -104,6 +107,8 @@ class Session:
             "weight": weight,
             "deadline_ms": deadline_ms,
         }
+        if masked is not None:
+            self._hello["masked"] = masked
         self._lock = threading.RLock()
         self._channel: Channel | None = None
         self._channel_pid = 0
@@ -182,6 +187,10 @@ class Session:
             mean_batch=c.batch_members / c.exchanges if c.exchanges else 0.0,
             fetched_bytes=c.fetched_bytes,
         )
+
+    def privacy_report(self) -> PrivacyReport:
+        """What this session hides from whoever runs the executor, and what it does not."""
+        return report_of(Privacy(), self.stats())
 
     def executor_stats(self) -> dict[str, Any]:
         """The executor's own counters: clients, exchanges/s, batch sizes, memory, queue times."""
