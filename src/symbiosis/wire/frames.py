@@ -1,5 +1,8 @@
 """Frames: a fixed 24-byte header, a small meta section, a raw payload. See ``docs/protocol.md``.
 
+Over a network each of the three may be followed by its checksum (`wire.checksums`): the kind's
+highest bit says so.
+
 `FrameReader` is the receiving half as a state machine without a socket: it says where the next
 bytes belong and turns them into frames. Knows lengths and limits; knows nothing of what the
 meta section means.
@@ -20,6 +23,9 @@ from symbiosis.wire.tensors import as_bytes, empty_payload
 
 MAGIC = b"SY"
 VERSION = 1
+CHECKED = 0x80
+"""In the kind byte: checksums follow the header, the meta section and the payload."""
+
 HEADER = struct.Struct("<2sBBIQQ")
 """magic 2s | version u8 | kind u8 | meta_bytes u32 | request u64 | payload_bytes u64"""
 
