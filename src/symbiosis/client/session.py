@@ -345,7 +345,7 @@ class Session:
         started_s = time.perf_counter()
         try:
             result = self._open().exchange(exchange)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 (raised again)
             result = self._recover(error, lambda channel: channel.exchange(exchange))
         c = self._counters
         c.wait_s += time.perf_counter() - started_s
@@ -374,7 +374,7 @@ class Session:
         with self._lock:
             try:
                 return self._open().request(question)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 (raised again)
                 return self._recover(error, lambda channel: channel.request(question))
 
     def _recover(self, error: BaseException, ask: Callable[[Channel], T]) -> T:
