@@ -20,7 +20,7 @@ from torch import Tensor
 from symbiosis.client.masking import HelperProducts, Masking, MaskProducts, ring_facts
 from symbiosis.client.noise import Noise
 from symbiosis.client.own_weights import OwnWeights
-from symbiosis.client.session import Opener, PriorityName, Session
+from symbiosis.client.session import Opener, Session
 from symbiosis.client.trace import plain
 from symbiosis.errors import PrivacyError
 from symbiosis.privacy.modes import MaskUse, Privacy, PrivacyReport, report_of
@@ -42,25 +42,14 @@ class PrivateSession(Session):
         *,
         privacy: Privacy,
         helper: Opener | None = None,
-        name: str | None = None,
-        priority: PriorityName = "auto",
-        weight: float = 1.0,
-        deadline_ms: float | None = None,
+        **terms: Any,
     ) -> None:
-        """``helper`` opens channels to the second executor of ``masked-split``. Raises what
-        `Session` does, and PrivacyError."""
+        """``helper`` opens channels to the second executor of ``masked-split``; ``terms`` are
+        those of a `Session`. Raises what that does, and PrivacyError."""
         self._privacy = privacy
         self._helper = helper
         bits = privacy.bits if privacy.is_masked else None
-        super().__init__(
-            opener,
-            url,
-            name=name,
-            priority=priority,
-            weight=weight,
-            deadline_ms=deadline_ms,
-            masked=bits,
-        )
+        super().__init__(opener, url, **terms, masked=bits)
         self.vectors = {}  # a bias that the executor added would not be masked
         self._lookups: dict[int, Tensor] = {}
         self._masking: Masking | None = None
@@ -142,17 +131,9 @@ class PrivateSession(Session):
             self._masking.close()
 
     def __reduce__(self) -> Any:
-        super().__reduce__()  # raises where that cannot be
-        reopen = functools.partial(
-            PrivateSession,
-            privacy=self._privacy,
-            helper=self._helper,
-            name=str(self._hello["client"]),
-            priority=self._priority,
-            weight=self._terms[0],
-            deadline_ms=self._terms[1],
-        )
-        return reopen, (self._opener, self.url)
+        reopen, args = super().__reduce__()
+        terms = {**reopen.keywords, "privacy": self._privacy, "helper": self._helper}
+        return functools.partial(PrivateSession, **terms), args
 
     def _send_forward(
         self,
@@ -264,6 +245,7 @@ class PrivateSession(Session):
             privacy.helper,
             name=str(self._hello["client"]),
             priority="interactive",
+            retry_s=self._retry_s,
             masked=privacy.bits,
         )
         try:
