@@ -50,6 +50,10 @@ def generate(
     ] = False,
     name: console.Name = None,
     device: console.Device = "cpu",
+    privacy: console.PrivacyMode = "plain",
+    privacy_helper: console.PrivacyHelper = None,
+    privacy_bits: console.PrivacyBits = 8,
+    privacy_weights: console.PrivacyWeights = None,
     threads: console.Threads = None,
 ) -> None:
     """Answer every prompt with every adapter; the text streams to stdout, figures to stderr."""
@@ -70,6 +74,10 @@ def generate(
                 "chat": chat,
                 "name": name,
                 "device": device,
+                "privacy": privacy,
+                "privacy_helper": privacy_helper,
+                "privacy_bits": privacy_bits,
+                "privacy_weights": privacy_weights,
             }
         )
     except ValueError as error:

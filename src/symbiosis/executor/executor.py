@@ -23,7 +23,7 @@ from symbiosis.executor.ring import describe, not_offered, offer, only_ring
 from symbiosis.executor.scheduler import Policy, Scheduler, Terms
 from symbiosis.executor.server import Server
 from symbiosis.executor.weights import Weights
-from symbiosis.privacy.ring import Bits
+from symbiosis.privacy.modes import Bits
 from symbiosis.transport.inproc import InprocChannel
 from symbiosis.transport.sockets import Address
 from symbiosis.wire.exchange import Exchange, Result

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, get_args
 
-from symbiosis.privacy.ring import Bits
+Bits = Literal[8, 16]
+"""Of the integers that stand for a weight; see `symbiosis.privacy.ring`."""
 
 Mode = Literal["plain", "noise", "masked-local", "masked-split"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -149,11 +150,11 @@ _GUARANTEES: dict[Mode, str] = {
     "prompts, labels and adapters can be computed",
     "noise": "none that can be proven; activations are obfuscated by additive noise, which "
     "whoever runs the executor can remove in part or, from a pool, altogether",
-    "masked-local": "every frame that carries activations or gradients is uniformly random to "
-    "whoever runs the executor; tokens, activations, gradients and adapters stay here",
-    "masked-split": "every frame that carries activations or gradients is uniformly random to "
-    "whoever runs the executor, and the helper sees none; neither alone learns anything of tokens, "
-    "activations, gradients or adapters",
+    "masked-local": "to whoever runs the executor, what is sent cannot be told from uniformly "
+    "random integers: nothing of tokens, activations, gradients or adapters but what leaks below",
+    "masked-split": "to whoever runs the executor or the helper, but not both, what is sent cannot "
+    "be told from uniformly random integers: nothing of tokens, activations, gradients or adapters "
+    "but what leaks below",
 }
 
 _SIZES = "the number of rows of each exchange, and with it the lengths of prompts and batches"
@@ -162,16 +163,24 @@ _ALWAYS = (
     "which layers are called, in which order, forward or backward, how often and when: the method "
     "of tuning, the number of tokens that are generated",
 )
+_HELPER_TOO = "all of that to the helper as well"
 _EVERYTHING = "tokens, activations, gradients, the adapter's product: see the guarantee"
+
+_SOUND = "AES-256 and this machine's random numbers are sound"
+_HONEST = (
+    "answers are right: masks do not show a false one, which spoils text or adapter, and what is "
+    "asked next may depend on it"
+)
 
 _ASSUMPTIONS: dict[Mode, tuple[str, ...]] = {
     "plain": (),
     "noise": (),
-    "masked-local": ("AES-256 and this machine's random numbers are sound",),
+    "masked-local": (_SOUND, _HONEST),
     "masked-split": (
         "the operators of executor and helper do not tell each other what they see",
         "nobody who sees the traffic with the executor can read that with the helper (use TLS)",
-        "AES-256 and this machine's random numbers are sound",
+        _SOUND,
+        _HONEST,
     ),
 }
 
@@ -188,11 +197,12 @@ def report_of(privacy: Privacy, traffic: Traffic, masks: MaskUse | None = None) 
     mode = privacy.mode
     sizes = _SIZES if privacy.buckets is None else _BUCKETS
     open_ = () if privacy.is_masked else (_EVERYTHING,)
+    shared = (_HELPER_TOO,) if mode == "masked-split" else ()
     return PrivacyReport(
         mode,
         _GUARANTEES[mode],
         _ASSUMPTIONS[mode],
-        (*open_, sizes, *_ALWAYS),
+        (*open_, sizes, *_ALWAYS, *shared),
         _MASK_SOURCES[mode],
         traffic.exchanges,
         traffic.bytes_sent,

@@ -19,12 +19,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-Bits = Literal[8, 16]
 
 LIMIT = {8: (1 << 31) - 1, 16: (1 << 47) - 1}
 """By the weights' bits: what the magnitude of a product must not exceed, lest it wrap around."""
