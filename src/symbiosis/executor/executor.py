@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from symbiosis.errors import FetchRefused, ProtocolError, SymbiosisError
+from symbiosis.executor.digests import ModelDigest
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.quantized import Scheme
 from symbiosis.executor.scheduler import Policy, Scheduler, Terms
@@ -52,6 +53,7 @@ class Executor:
     ) -> None:
         """``fetch`` says whether clients may read whole weights (DoRA, merging, ...)."""
         self.weights = weights
+        self.digest = ModelDigest(weights)
         self._fetch = fetch
         self._limits = Limits(payload_bytes=max_payload_bytes)
         self._engine = Engine(
@@ -176,6 +178,8 @@ class Executor:
                 return sizes, _payload(b"".join(files.values()))
             case "parameters":
                 return {}, _payload(self.weights.shipped_bytes())
+            case "digest":
+                return self.digest.answer(), empty_payload(0)
             case "weight":
                 return self._whole_weight(client, question.get("id"), str(question.get("why")))
         raise ProtocolError(f"unknown request {str(question.get('get'))[:64]!r}")
@@ -220,6 +224,7 @@ class Executor:
                 {"id": w.id, "names": list(w.names), "shape": list(w.tensor.shape)} for w in weights
             ],
             "vectors": weights.vector_ids,
+            "digest": self.digest.ready,
             "fetch": self._fetch,
             "max_payload_bytes": self._limits.payload_bytes,
         }
