@@ -21,8 +21,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from symbiosis.client.linking import SENT, Ask
 from symbiosis.errors import IntegrityError
 from symbiosis.wire.exchange import NO_BIAS, Op
+from symbiosis.wire.views import Recipe
 
 PROBES = 4
 """Entries of r are drawn from 16 integers, so a wrong row passes one probe with a probability of
@@ -140,15 +142,38 @@ class Integrity:
         self.unchecked = 0
         """Products of drawn exchanges that have no check: other operations, views of weights."""
 
-    def draws(self) -> bool:
+    def exchange(
+        self,
+        op: Op,
+        weights: tuple[int, ...],
+        biases: tuple[int, ...],
+        recipe: Recipe,
+        x: Tensor,
+        results: tuple[Tensor, ...],
+    ) -> None:
+        """An exchange but a chain was answered; raises IntegrityError."""
+        if self._drawn():
+            for weight, bias, y in zip(weights, biases, results, strict=True):
+                self._check(op, weight, bias, recipe, x, y)
+
+    def chain(self, ask: Ask, x: Tensor, outputs: Tensor) -> None:
+        """A chain was answered. Its client compares the inputs of its products with its own
+        anyway; here are the products."""
+        if self._drawn():
+            parts = {SENT: x, **dict(enumerate(torch.split(outputs, list(ask.widths), 1)))}
+            for answer in ask.answers:
+                op, weight, recipe, bias = answer.member
+                self._check(op, weight, bias, recipe, parts[answer.input], parts[answer.result])
+
+    def _drawn(self) -> bool:
         """Is this exchange to be checked? Decided after its answer is there."""
         return not self._asking and self._random() < self._share
 
-    def check(self, op: Op, weight: int, bias: int, x: Tensor, y: Tensor) -> None:
-        """Raises IntegrityError unless ``y`` is the product of ``x`` with the whole weight."""
-        self._asking = True
+    def _check(self, op: Op, weight: int, bias: int, recipe: Recipe, x: Tensor, y: Tensor) -> None:
+        self._asking = True  # an anchor may take an exchange
         try:
-            anchor = self._anchors.anchor(op, weight) if op in CHECKED else None
+            whole = op in CHECKED and not recipe
+            anchor = self._anchors.anchor(op, weight) if whole else None
             if anchor is None:
                 self.unchecked += 1
                 return
@@ -156,27 +181,27 @@ class Integrity:
         finally:
             self._asking = False
         self.checked += 1
-        wrong = (
-            _wrong_rows(x, y, anchor)
-            if op is Op.EMBEDDING
-            else _wrong_products(x, y, anchor, b, self._hosted)
-        )
+        if op is Op.EMBEDDING:
+            wrong = _wrong_rows(x, y, anchor)
+        else:
+            wrong = _wrong_products(x, y, anchor, b, self._hosted)
         if wrong:
             raise IntegrityError(
                 f"{wrong} of {y.numel() // y.shape[-1]} rows that the executor returned for "
                 f"{op.name.lower()} with {self._name(weight)} are not that product: it computes "
-                f"wrongly or with other weights. This session has ended; results since it began "
-                f"may be wrong"
+                f"wrongly, or with other weights. This session has ended; what it computed "
+                f"before may be wrong too"
             )
-
-    def pass_over(self) -> None:
-        """A drawn exchange whose operation has no check."""
-        self.unchecked += 1
 
 
 def roundoff(dtype: torch.dtype) -> float:
     """u: half the distance from 1 to the next number."""
     return torch.finfo(dtype).eps / 2
+
+
+def _least(dtype: torch.dtype) -> float:
+    """The smallest number above zero."""
+    return torch.finfo(dtype).tiny * torch.finfo(dtype).eps
 
 
 def _wrong_products(
@@ -186,37 +211,52 @@ def _wrong_products(
     x_TI = x.reshape(-1, x.shape[-1]).cpu().double()
     y_TO = y.reshape(-1, y.shape[-1]).cpu().double()
     r, wr = anchor.r.double(), anchor.wr.double()
-    right = x_TI @ wr
-    if bias is not None:
-        right = right + bias.cpu().double() @ r
-    allowed = _allowed(x.dtype, x_TI, y_TO, anchor, hosted)
-    off = ~((y_TO @ r - right).abs() <= allowed).all(1)
+    b = torch.zeros(()) if bias is None else bias.cpu()
+    b_TO = b.double().expand_as(y_TO)
+    right = x_TI @ wr + b_TO @ r
+    allowed = _allowed(x.dtype, x_TI, y_TO, b_TO, anchor, hosted)
+    error = (y_TO @ r - right).abs()
+    off = ~((error <= allowed) & error.isfinite()).all(1)
     return int((off & _could_be_finite(x.dtype, x_TI, y_TO, anchor)).sum())
 
 
 def _allowed(
-    dtype: torch.dtype, x_TI: Tensor, y_TO: Tensor, anchor: Anchor, hosted: torch.dtype
+    dtype: torch.dtype,
+    x_TI: Tensor,
+    y_TO: Tensor,
+    b_TO: Tensor,
+    anchor: Anchor,
+    hosted: torch.dtype,
 ) -> Tensor:
-    """Rounding of the sums (in fp32 or fp64), of y to its dtype, and of x to W's or of Wᵀr:
-    (T, K)."""
+    """How far ⟨r, y⟩ may be off: (T, K). In order: sums of products in fp32 or fp64 (Wᵀr may be
+    one, of O products); sums that begin with a bias; y rounded to its dtype, and before its bias
+    is added; x rounded to W's dtype, or Wᵀr; what is lost near zero; this check's own sums."""
     r, wr = anchor.r.double(), anchor.wr.double()
     exact = dtype is hosted is torch.float64
     summed = roundoff(torch.float64 if exact else torch.float32)
     rounded = max(roundoff(dtype), roundoff(hosted))
     read = max(roundoff(anchor.wr.dtype), roundoff(hosted))
-    wide = 1 + math.sqrt(len(r) / len(wr))  # Wᵀr may be such a sum itself, of O products
+    least = max(_least(dtype), _least(hosted))
+    own, inner, outer = roundoff(torch.float64), math.sqrt(len(wr)), math.sqrt(len(r))
     norms = anchor.norm * x_TI.norm(dim=1, keepdim=True) * float(r.square().mean().sqrt())
-    return (
-        _SUM * summed * wide * norms
-        + _TAIL * rounded * (y_TO.square() @ r.square()).sqrt()
-        + _TAIL * read * (x_TI.square() @ wr.square()).sqrt()
+    seen = ((y_TO.square() + (y_TO - b_TO).square()) @ r.square()).sqrt()
+    taken = (x_TI.square() @ wr.square()).sqrt()
+    allowed: Tensor = (
+        _SUM * summed * (1 + outer / inner) * norms
+        + _TAIL * summed * inner * (b_TO.square() @ r.square()).sqrt()
+        + _TAIL * rounded * seen
+        + _TAIL * read * taken
+        + _TAIL * least * (r.norm(dim=0) + wr.norm(dim=0))
+        + _TAIL * own * (outer * seen + inner * taken)
     )
+    return allowed
 
 
 def _could_be_finite(dtype: torch.dtype, x_TI: Tensor, y_TO: Tensor, anchor: Anchor) -> Tensor:
     """Not the rows whose input is not finite, or whose product may be beyond the dtype: (T,)."""
     within = x_TI.norm(dim=1) * anchor.norm < torch.finfo(dtype).max / 2
-    return x_TI.isfinite().all(1) & (y_TO.isfinite().all(1) | within)
+    possible: Tensor = x_TI.isfinite().all(1) & (y_TO.isfinite().all(1) | within)
+    return possible
 
 
 def _wrong_rows(ids: Tensor, y: Tensor, anchor: Anchor) -> int:

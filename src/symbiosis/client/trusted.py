@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import transformers
@@ -73,24 +74,29 @@ class TrustedFolder:
 
 
 def _state(folder: str, welcome: Json) -> dict[str, Tensor]:
-    found = getattr(transformers, str(welcome.get("architecture")), None)
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+    cls = getattr(transformers, str(welcome.get("architecture")), None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ModelError(f"transformers has no class {welcome.get('architecture')!r}")
+    loader: Any = cls
     try:
-        model = found.from_pretrained(
+        model, report = loader.from_pretrained(
             folder,
             dtype=getattr(torch, str(welcome["dtype"])),
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"cannot read trusted weights from {folder!r}: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{folder} lacks {len(missing)} weights of a {welcome['architecture']}, for example "
+            f"{missing[0]}: it is not the model that is hosted"
+        )
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
-def _found(
-    state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], folder: str
-) -> Tensor:
+def _found(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], folder: str) -> Tensor:
     tensor = state.get(name)
     if tensor is None or tuple(tensor.shape) != shape:
         raise ModelError(

@@ -87,11 +87,33 @@ class Identity(NamedTuple):
             )
 
 
-def identity_of(channel: Channel, with_entries: bool) -> Identity:
-    """What the executor behind ``channel`` hosts; waits until it has computed that.
+def recognise(
+    channel: Channel, url: str, expected: str | None, known: Identity | None, before: Json
+) -> Identity:
+    """What the executor behind a fresh ``channel`` hosts, if it is what was ``expected``, and
+    what the session knew ``before`` (its first welcome).
 
-    Raises ProtocolError, and what `Channel.request` raises.
+    Waits until the executor has computed its digest. Raises ModelError, ProtocolError, and what
+    `Channel.request` raises.
     """
+    found = _identity(channel, with_entries=expected is not None and known is None)
+    hosted = channel.welcome.get("model")
+    if known is None:
+        if expected is not None and found.digest != expected:
+            raise ModelError(
+                f"{url} hosts {hosted} with the digest {found.digest}, not {expected}: other "
+                f"weights, files, dtype or quantisation. Nothing was sent to it"
+            )
+        return found
+    if found.digest != known.digest or weight_table(channel.welcome) != weight_table(before):
+        raise ModelError(
+            f"{url} no longer hosts {before.get('model')} as it was, but {hosted} with other "
+            f"weights, files, dtype or quantisation: connect anew and build the model again"
+        )
+    return known
+
+
+def _identity(channel: Channel, with_entries: bool) -> Identity:
     digest = channel.welcome.get("digest")
     if isinstance(digest, str) and not with_entries:
         return Identity(digest, None)
