@@ -122,10 +122,10 @@ def serve(
     _check_device(device)
     typer.echo(f"symbiosis {__version__}: loading {model}")
     executor = Executor.load(
-        _name_of(model),
-        dtype=_torch_dtype(dtype),
+        name_of(model),
+        dtype=torch_dtype(dtype),
         device=device,
-        quantize=_scheme(quantize),
+        quantize=scheme_of(quantize),
         policy=policy.value,
         training_share=training_share,
         fetch=fetch.value,
@@ -179,12 +179,12 @@ def _check_device(device: str) -> None:
         raise SymbiosisError(f"--device {device!r} is none; use cpu or cuda") from None
 
 
-def _name_of(model: str) -> str:
+def name_of(model: str) -> str:
     """A folder by its absolute path: clients write it into their adapters."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
-def _scheme(quantize: Quantize) -> Scheme | None:
+def scheme_of(quantize: Quantize) -> Scheme | None:
     match quantize:
         case Quantize.int8:
             return "int8"
@@ -193,7 +193,7 @@ def _scheme(quantize: Quantize) -> Scheme | None:
     return None
 
 
-def _torch_dtype(dtype: Dtype) -> torch.dtype | None:
+def torch_dtype(dtype: Dtype) -> torch.dtype | None:
     import torch
 
     found = None if dtype is Dtype.auto else getattr(torch, dtype.value)
