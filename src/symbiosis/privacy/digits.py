@@ -39,18 +39,14 @@ def product_48(w: Tensor, u: Tensor) -> Tensor:
 
     ``w`` is contiguous, or the transpose of a contiguous matrix.
     """
-    digits = _digits(u, _FLIP_48, 6)
-    if w.is_contiguous():  # its bytes alternate along I: h meets the digit that counts 256 less
-        pairs = digits.new_zeros(*digits.shape, 2)
-        pairs[..., 0] = digits
-        pairs[1:, ..., 1] = digits[:-1]
-        sums = _multiply(pairs.flatten(2), _bytes(w)).to(torch.int64)
-    else:  # along O: both are results
-        both = _multiply(digits, _bytes(w.t()).t()).to(torch.int64).unflatten(2, (-1, 2))
-        sums = torch.add(both[..., 0], both[..., 1], alpha=256)
-    total = sums[5]
-    for k in (4, 3, 2, 1, 0):
-        total = torch.add(sums[k], total, alpha=256)
+    total = torch.zeros(len(u), len(w), dtype=torch.int64)
+    if w.is_contiguous():  # its bytes alternate along I, so l and h meet digits side by side
+        for sums in reversed(_multiply(_digit_pairs(u), _bytes(w)).unbind()):
+            torch.add(sums.to(torch.int64), total, alpha=256, out=total)
+    else:  # along O: the sums of l and of h come side by side
+        for sums in reversed(_multiply(_digits(u, _FLIP_48, 6), _bytes(w.t()).t()).unbind()):
+            low, high = sums.view(len(u), len(w), 2).to(torch.int64).unbind(2)
+            torch.add(torch.add(low, high, alpha=256), total, alpha=256, out=total)
     return total.add_(u.sum(1, keepdim=True), alpha=128)
 
 
@@ -70,7 +66,8 @@ def exact() -> bool:
 
 def _bytes(w: Tensor) -> Tensor:
     """int16 (A, B), contiguous → int8 (A, 2B): l, h, l, h, …, for w = 256·h + l + 128."""
-    return torch.bitwise_xor(w, 0x80).view(torch.int8)
+    flipped = torch.empty(w.shape, dtype=torch.int16)  # dense, whatever the strides of w
+    return torch.bitwise_xor(w, 0x80, out=flipped).view(torch.int8)
 
 
 def _digits(u: Tensor, flip: int, count: int) -> Tensor:
@@ -86,10 +83,22 @@ def _digits(u: Tensor, flip: int, count: int) -> Tensor:
     return digits
 
 
+def _digit_pairs(u: Tensor) -> Tensor:
+    """int8 (6, T, 2I) of (T, I): digit k beside digit k − 1, which counts 256 less."""
+    carried = (u + _FLIP_48).bitwise_xor_(_FLIP_48).bitwise_left_shift_(8).contiguous()
+    reversed_ = torch.from_numpy(carried.numpy().byteswap())  # 0, d₀, … d₅: the highest byte first
+    pairs = torch.empty(6, *u.shape, dtype=torch.int16)
+    for pair in reversed(pairs.unbind()):
+        pair.copy_(reversed_.bitwise_right_shift_(8))  # wraps
+    return pairs.view(torch.int8)
+
+
 def _multiply(digits: Tensor, w: Tensor) -> Tensor:
     """int8 (K, T, I) and (O, I) → int32 (K, T, O)."""
     count, rows, width = digits.shape
     if not (rows and width and len(w)):
         return digits.new_zeros((count, rows, len(w)), dtype=torch.int32)
     stacked = digits.reshape(count * rows, width)
+    if width == 1:  # torch 2.13 takes the strides of such a column for those of a row
+        return torch.outer(stacked[:, 0].int(), w[:, 0].int()).view(count, rows, len(w))
     return torch._int_mm(stacked, w.t()).view(count, rows, len(w))
