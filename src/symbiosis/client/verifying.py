@@ -7,6 +7,7 @@ an anchor may take and ends when an answer is wrong.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -46,7 +47,7 @@ class Verifier:
 
     def __init__(self, session: Session, trust: Trust) -> None:
         """Raises ModelError if the trusted weights cannot be used."""
-        self._session = session
+        self._session: Session = weakref.proxy(session)  # a forgotten session closes at once
         self._trusted: TrustedFolder | None = None
         dtype = getattr(torch, str(session.welcome["dtype"]))
         if trust.weights is not None:

@@ -20,6 +20,7 @@ from symbiosis.errors import ProtocolError, SymbiosisError
 from symbiosis.executor.ops import Plan
 from symbiosis.transport.arena import ArenaUnfit, AttachedArena, receive_with_descriptors
 from symbiosis.transport.sockets import exchange_parts
+from symbiosis.wire.checksums import checked
 from symbiosis.wire.exchange import Exchange, Result, pack_result
 from symbiosis.wire.frames import (
     Frame,
@@ -275,6 +276,8 @@ class Connection:
             stats.bytes_out += bytes_out
 
     def _send(self, parts: list[bytes | memoryview]) -> None:
+        if self._reader.checked:
+            parts = checked(parts)
         if self._outbox:
             self._outbox.extend(map(memoryview, parts))
             return

@@ -27,6 +27,7 @@ from symbiosis.errors import (
     from_code,
 )
 from symbiosis.transport.arena import Arena, Laid
+from symbiosis.wire.checksums import checked
 from symbiosis.wire.exchange import Exchange, Result, pack_exchange, unpack_result
 from symbiosis.wire.frames import (
     Frame,
@@ -34,6 +35,7 @@ from symbiosis.wire.frames import (
     Json,
     Kind,
     Limits,
+    Rejected,
     json_frame,
     pack_header,
 )
@@ -46,6 +48,17 @@ DEFAULT_TCP_PORT = 7420
 _BUFFER_BYTES = 4 << 20
 _CLIENT_LIMITS = Limits(meta_bytes=256 << 20, payload_bytes=1 << 40)
 _PADDING = bytes(ALIGNMENT)
+_GONE_AFTER_S = 60
+_LIVENESS = [
+    (getattr(socket, name), value)
+    for name, value in (
+        ("TCP_KEEPIDLE", _GONE_AFTER_S // 4),  # a peer that is waited for
+        ("TCP_KEEPINTVL", _GONE_AFTER_S // 4),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 1000 * _GONE_AFTER_S),  # one that is sent to
+    )
+    if hasattr(socket, name)
+]
 
 
 @dataclass(frozen=True)
@@ -122,9 +135,12 @@ def _listen_unix(path: str) -> socket.socket:
 
 
 def tune(connection: socket.socket) -> None:
-    """No Nagle delay, large buffers."""
+    """No Nagle delay, large buffers; a peer whose machine has gone is noticed within a minute."""
     if connection.family != socket.AF_UNIX:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _LIVENESS:
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
     else:  # TCP sizes its own buffers
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             with contextlib.suppress(OSError):
@@ -158,9 +174,16 @@ class SocketChannel:
     """A client's blocking connection to an executor; see `Channel`."""
 
     def __init__(
-        self, url: str, hello: Json, *, timeout_s: float = 10.0, arena_bytes: int = 0
+        self,
+        url: str,
+        hello: Json,
+        *,
+        timeout_s: float = 10.0,
+        silence_s: float | None = None,
+        arena_bytes: int = 0,
     ) -> None:
-        """Connect and shake hands within ``timeout_s``; later waits are not limited.
+        """Connect and shake hands within ``timeout_s``; later, an executor that moves no byte for
+        ``silence_s`` in mid-exchange counts as lost, if that is given.
 
         ``arena_bytes`` is the address space of the memory that is shared with an executor behind
         a UNIX socket, 0 for none; without it everything goes through the socket. Raises
@@ -170,7 +193,8 @@ class SocketChannel:
         self._request = 0
         self._awaited = _Awaited()
         self._socket = self._dial(Address.parse(url), timeout_s)
-        self._reader = FrameReader(_CLIENT_LIMITS, self._awaited.admit)
+        self._checked = self._socket.family != socket.AF_UNIX
+        self._reader = FrameReader(_CLIENT_LIMITS, self._awaited.admit, checked=self._checked)
         self._arena = self._make_arena(arena_bytes)
         try:
             self._greet(hello)
@@ -188,7 +212,7 @@ class SocketChannel:
             if self.welcome.get("arena") is not True:
                 logger.warning("%s takes no arena: %s", url, self.welcome.get("arena"))
                 self._arena = None
-        self._socket.settimeout(None)
+        self._socket.settimeout(silence_s)
 
     def exchange(self, exchange: Exchange) -> Result:
         self._request += 1
@@ -262,8 +286,12 @@ class SocketChannel:
         try:
             if address.path is not None:
                 connection = socket.socket(socket.AF_UNIX)
-                connection.settimeout(timeout_s)
-                connection.connect(address.path)
+                try:
+                    connection.settimeout(timeout_s)
+                    connection.connect(address.path)
+                except OSError:
+                    connection.close()
+                    raise
             else:
                 connection = socket.create_connection((address.host, address.port), timeout_s)
         except OSError as error:
@@ -275,6 +303,8 @@ class SocketChannel:
         return connection
 
     def _send(self, parts: list[bytes | memoryview]) -> None:
+        if self._checked:
+            parts = checked(parts)
         try:
             sent = self._socket.sendmsg(parts)
             if sent == sum(map(len, parts)):
@@ -313,7 +343,9 @@ class SocketChannel:
             if not received:
                 raise self._lost(None)
             self._reader.received(received)
-        assert isinstance(frame, Frame)  # our own admit rejects nothing; it only raises
+        if isinstance(frame, Rejected):  # there is no memory for the answer
+            self.close()
+            raise frame.error
         return frame
 
     def _lost(self, error: OSError | None) -> SymbiosisError:
