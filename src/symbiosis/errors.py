@@ -4,6 +4,7 @@
 
     SymbiosisError
     ├── ProtocolError           the bytes on the wire make no sense; the connection is closed
+    │   └── DamagedFrame        they are not those that were sent: a checksum is wrong
     ├── ConnectionFailed        no executor answers at that address
     ├── ConnectionLost          the executor or the network went away in mid-session
     ├── ExchangeRefused         the executor understood the exchange and will not run it
@@ -35,6 +36,12 @@ class ProtocolError(SymbiosisError):
     """A malformed, oversized or unexpected frame."""
 
     code = "protocol"
+
+
+class DamagedFrame(ProtocolError):
+    """Bytes that changed on their way; sent again over a new connection they may arrive."""
+
+    code = "damaged"
 
 
 class ConnectionFailed(SymbiosisError):

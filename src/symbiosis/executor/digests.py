@@ -27,12 +27,16 @@ class ModelDigest:
     """The digest of ``weights``; safe to read from any thread."""
 
     def __init__(self, weights: Weights) -> None:
-        """Starts the computation."""
         self._weights = weights
         self._entries: dict[str, str] | None = None
         self._error: SymbiosisError | None = None
         self._done = threading.Event()
-        threading.Thread(target=self._compute, name="symbiosis-digest", daemon=True).start()
+        self._begun = threading.Lock()
+
+    def start(self) -> None:
+        """Begin, if nobody has; in the process that serves, for a fork loses the threads."""
+        if self._begun.acquire(blocking=False):
+            threading.Thread(target=self._compute, name="symbiosis-digest", daemon=True).start()
 
     @property
     def ready(self) -> str | None:
@@ -42,6 +46,7 @@ class ModelDigest:
 
     def wait(self) -> str:
         """The digest, when it is there; raises SymbiosisError if it cannot be computed."""
+        self.start()
         self._done.wait()
         if self._error is not None:
             raise self._error
@@ -50,6 +55,7 @@ class ModelDigest:
 
     def answer(self) -> Json:
         """For ``{"get": "digest"}``: see `symbiosis.wire.digest.read_entries`."""
+        self.start()
         if self._error is not None:
             raise self._error
         entries = self._entries

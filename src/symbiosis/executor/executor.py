@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -91,15 +92,20 @@ class Executor:
         """Host a model that is already in memory; it must not be changed afterwards."""
         return cls(Weights(model, name))
 
-    def listen(self, urls: Sequence[str]) -> list[str]:
+    def listen(
+        self, urls: Sequence[str], inherited: Sequence[tuple[socket.socket, Address]] = ()
+    ) -> list[str]:
         """Serve ``urls`` from a thread of this process; the URLs with the ports really taken.
 
-        Raises ConnectionFailed if an address cannot be listened on.
+        ``inherited`` are listening sockets of a parent process, used in place of ``urls`` and left
+        to it. Raises ConnectionFailed if an address cannot be listened on.
         """
         if self._server is not None:
             raise SymbiosisError("this executor listens already")
-        server = Server(self, self._engine, [Address.parse(url) for url in urls], self._limits)
+        addresses = [Address.parse(url) for url in urls]
+        server = Server(self, self._engine, addresses, self._limits, inherited)
         self._server = server
+        self.digest.start()
         self._ended.clear()
         threading.Thread(target=self._run, name="symbiosis-executor", daemon=True).start()
         return [str(address) for address in server.addresses]
