@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from symbiosis.client.private import PrivateSession
 from symbiosis.client.session import PriorityName, Session
+from symbiosis.client.verifying import Trust
 from symbiosis.privacy.modes import Mode, Privacy
 from symbiosis.transport.sockets import Address, SocketChannel
 
@@ -27,6 +28,9 @@ def connect(
     retry_s: float = 60.0,
     silence_s: float | None = None,
     arena_bytes: int = 4 << 30,
+    expect_digest: str | None = None,
+    verify: float = 0.0,
+    weights: str | None = None,
     privacy: Mode | Privacy | None = None,
 ) -> Session:
     """Open a session with the executor at ``base``.
@@ -45,12 +49,23 @@ def connect(
     that is there may say nothing in mid-exchange before the connection counts as lost (None: it
     may compute as long as it likes). ``arena_bytes`` is the address space that is shared with an
     executor behind a UNIX socket, for large tensors; memory is taken as it is used, and 0 sends
-    everything through the socket. ``privacy`` hides what is sent from whoever runs the executor:
-    ``plain`` (nothing is hidden), ``masked-local``, or a `symbiosis.Privacy` that says more;
-    `Session.privacy_report` says what that promises.
+    everything through the socket.
 
-    Raises ConnectionFailed, ProtocolError, PrivacyError.
+    ``expect_digest`` pins the model: what ``symbiosis digest FOLDER`` prints. An executor that
+    claims another is left before anything is sent, and every file, small parameter and fetched
+    weight that arrives is compared. ``verify`` is the share of the exchanges (0.05: one in
+    twenty) whose products are checked by random projections; a wrong one raises IntegrityError
+    and ends the session. By itself that finds an executor that computes wrongly or changes its
+    weights; with ``weights``, a folder with the model that you trust, also one that computes
+    with others from the start. See decision 15 for what each finds.
+
+    ``privacy`` hides what is sent from whoever runs the executor: ``plain`` (nothing is hidden),
+    ``masked-local``, or a `symbiosis.Privacy` that says more; `Session.privacy_report` says what
+    that promises.
+
+    Raises ConnectionFailed, ProtocolError, ModelError, PrivacyError.
     """
+    trust = Trust.of(expect_digest, verify, weights)
     chosen = Privacy.of(privacy)
     dial = functools.partial(
         SocketChannel, timeout_s=timeout_s, silence_s=silence_s, arena_bytes=arena_bytes
@@ -71,4 +86,5 @@ def connect(
         weight=weight,
         deadline_ms=deadline_ms,
         retry_s=retry_s,
+        trust=trust,
     )

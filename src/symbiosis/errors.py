@@ -4,6 +4,7 @@
 
     SymbiosisError
     ├── ProtocolError           the bytes on the wire make no sense; the connection is closed
+    │   └── DamagedFrame        they are not those that were sent: a checksum is wrong
     ├── ConnectionFailed        no executor answers at that address
     ├── ConnectionLost          the executor or the network went away in mid-session
     ├── ExchangeRefused         the executor understood the exchange and will not run it
@@ -11,6 +12,7 @@
     │   ├── UnknownOperation    not on the executor's closed list
     │   ├── InvalidInput        shape, dtype or value does not fit the weight
     │   └── ExchangeFailed      the computation itself failed (out of memory, for example)
+    ├── IntegrityError          an answer is not the product that was asked for
     ├── FetchRefused            this executor does not hand out its weights
     ├── UnsupportedOperation    no meaning is defined for this use of a remote weight
     ├── PrivacyError            a privacy mode cannot keep its promise, so nothing was sent
@@ -35,6 +37,12 @@ class ProtocolError(SymbiosisError):
     """A malformed, oversized or unexpected frame."""
 
     code = "protocol"
+
+
+class DamagedFrame(ProtocolError):
+    """Bytes that changed on their way; sent again over a new connection they may arrive."""
+
+    code = "damaged"
 
 
 class ConnectionFailed(SymbiosisError):
@@ -77,6 +85,12 @@ class ExchangeFailed(ExchangeRefused):
     """The executor tried and failed, for example for want of memory."""
 
     code = "exchange-failed"
+
+
+class IntegrityError(SymbiosisError):
+    """An answer is not the product with the weight that it should be; the session has ended."""
+
+    code = "integrity"
 
 
 class FetchRefused(SymbiosisError):

@@ -75,7 +75,8 @@ class OwnWeights:
                 f"folder with them (Privacy(weights=...), --privacy-weights)"
             ) from None
         dtype = getattr(torch, str(answer["dtype"]))
+        found: Tensor = payload.view(dtype).view(info.shape)
+        session._known().check_weight(name, found)
         session._counters.fetched_bytes += len(payload)
         logger.info("fetched %s (%.1f MB) for %s", name, len(payload) / 1e6, why)
-        found: Tensor = payload.view(dtype).view(info.shape)
         return found

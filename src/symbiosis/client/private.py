@@ -22,6 +22,7 @@ from symbiosis.client.noise import Noise
 from symbiosis.client.own_weights import OwnWeights
 from symbiosis.client.session import Opener, Session
 from symbiosis.client.trace import plain
+from symbiosis.client.verifying import Trust
 from symbiosis.errors import PrivacyError
 from symbiosis.privacy.modes import MaskUse, Privacy, PrivacyReport, report_of
 from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Op
@@ -49,6 +50,12 @@ class PrivateSession(Session):
         self._privacy = privacy
         self._helper = helper
         bits = privacy.bits if privacy.is_masked else None
+        trust: Trust = terms.get("trust", Trust())
+        if trust.verify and privacy.is_masked:
+            raise ValueError(
+                "verify= has no check for masked products yet; expect_digest= pins the model in "
+                "every mode"
+            )
         super().__init__(opener, url, **terms, masked=bits)
         self.vectors = {}  # a bias that the executor added would not be masked
         self._lookups: dict[int, Tensor] = {}

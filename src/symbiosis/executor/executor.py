@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from symbiosis.errors import FetchRefused, ProtocolError, SymbiosisError
+from symbiosis.executor.digests import ModelDigest
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.quantized import Scheme
 from symbiosis.executor.ring import describe, not_offered, offer, only_ring
@@ -58,6 +60,7 @@ class Executor:
         self.weights = weights
         offer(weights, tuple(masked))
         self._masked_clients: set[int] = set()
+        self.digest = ModelDigest(weights)
         self._fetch = fetch
         self._limits = Limits(payload_bytes=max_payload_bytes)
         self._engine = Engine(
@@ -99,15 +102,20 @@ class Executor:
         """Host a model that is already in memory; it must not be changed afterwards."""
         return cls(Weights(model, name))
 
-    def listen(self, urls: Sequence[str]) -> list[str]:
+    def listen(
+        self, urls: Sequence[str], inherited: Sequence[tuple[socket.socket, Address]] = ()
+    ) -> list[str]:
         """Serve ``urls`` from a thread of this process; the URLs with the ports really taken.
 
-        Raises ConnectionFailed if an address cannot be listened on.
+        ``inherited`` are listening sockets of a parent process, used in place of ``urls`` and left
+        to it. Raises ConnectionFailed if an address cannot be listened on.
         """
         if self._server is not None:
             raise SymbiosisError("this executor listens already")
-        server = Server(self, self._engine, [Address.parse(url) for url in urls], self._limits)
+        addresses = [Address.parse(url) for url in urls]
+        server = Server(self, self._engine, addresses, self._limits, inherited)
         self._server = server
+        self.digest.start()
         self._ended.clear()
         threading.Thread(target=self._run, name="symbiosis-executor", daemon=True).start()
         return [str(address) for address in server.addresses]
@@ -194,6 +202,8 @@ class Executor:
                 return sizes, _payload(b"".join(files.values()))
             case "parameters":
                 return {}, _payload(self.weights.shipped_bytes())
+            case "digest":
+                return self.digest.answer(), empty_payload(0)
             case "weight":
                 return self._whole_weight(client, question.get("id"), str(question.get("why")))
             case "ring":
@@ -242,6 +252,7 @@ class Executor:
                 for w in weights
             ],
             "vectors": weights.vector_ids,
+            "digest": self.digest.ready,
             "fetch": self._fetch,
             "max_payload_bytes": self._limits.payload_bytes,
             "masked": list(weights.ring),

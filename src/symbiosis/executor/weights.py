@@ -114,6 +114,7 @@ class Weights:
         self.vector_ids: dict[str, int] = {}
         self.shipped: dict[str, torch.Tensor] = {}
         self.ring: dict[int, dict[int, RingWeight]] = {}  # by bits, by id; see `executor.ring`
+        self.stored = frozenset(model.state_dict())  # not what is computed while it is built
         first = next(model.parameters())
         self.device = first.device
         self.num_parameters = sum(p.numel() for p in model.parameters())

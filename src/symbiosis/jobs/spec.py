@@ -106,6 +106,8 @@ class FinetuneSpec(_Mapped):
     """Where the adapter and everything else that is not a frozen weight lives."""
     expect_model: str | None = None
     """Refuse to train if the executor hosts another model than this one."""
+    expect_digest: str | None = None
+    """Refuse if it hosts other numbers: what ``symbiosis digest`` prints."""
     privacy: str = "plain"
     """How activations are hidden from the executor; see `symbiosis.Privacy`."""
     privacy_helper: str | None = None
@@ -159,6 +161,8 @@ class GenerateSpec(_Mapped):
     """Sampling only: set anew for every answer, so that each can be had again by itself."""
     chat: bool = False
     """Wrap each prompt as a user's message in the tokenizer's chat template."""
+    expect_digest: str | None = None
+    """Refuse an executor that hosts other numbers: what ``symbiosis digest`` prints."""
     name: str | None = None
     """What ``symbiosis status`` shows."""
     device: str = "cpu"
