@@ -15,6 +15,7 @@
     ├── FetchRefused            this executor does not hand out its weights
     ├── UnsupportedOperation    no meaning is defined for this use of a remote weight
     ├── ModelError              a model folder cannot be hosted, or is not the one hosted here
+    ├── WriteFailed             a file could not be written, because the disk is full for example
     ├── DataError               a line of a data set is malformed
     └── MethodError             an unknown PEFT method or option
 
@@ -101,6 +102,12 @@ class ModelError(SymbiosisError):
     """A model cannot be loaded, or is not the one that the executor hosts."""
 
     code = "model"
+
+
+class WriteFailed(SymbiosisError):
+    """A file of a job could not be written; the message names it."""
+
+    code = "write-failed"
 
 
 class DataError(SymbiosisError):
