@@ -12,6 +12,7 @@
     │   ├── UnknownOperation    not on the executor's closed list
     │   ├── InvalidInput        shape, dtype or value does not fit the weight
     │   └── ExchangeFailed      the computation itself failed (out of memory, for example)
+    ├── IntegrityError          an answer is not the product that was asked for
     ├── FetchRefused            this executor does not hand out its weights
     ├── UnsupportedOperation    no meaning is defined for this use of a remote weight
     ├── ModelError              a model folder cannot be hosted, or is not the one hosted here
@@ -84,6 +85,12 @@ class ExchangeFailed(ExchangeRefused):
     """The executor tried and failed, for example for want of memory."""
 
     code = "exchange-failed"
+
+
+class IntegrityError(SymbiosisError):
+    """An answer is not the product with the weight that it should be; the session has ended."""
+
+    code = "integrity"
 
 
 class FetchRefused(SymbiosisError):

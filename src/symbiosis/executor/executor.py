@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from symbiosis.errors import FetchRefused, ProtocolError, SymbiosisError
+from symbiosis.executor.digests import ModelDigest
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.quantized import Scheme
 from symbiosis.executor.scheduler import Policy, Scheduler, Terms
@@ -53,6 +54,7 @@ class Executor:
     ) -> None:
         """``fetch`` says whether clients may read whole weights (DoRA, merging, ...)."""
         self.weights = weights
+        self.digest = ModelDigest(weights)
         self._fetch = fetch
         self._limits = Limits(payload_bytes=max_payload_bytes)
         self._engine = Engine(
@@ -103,6 +105,7 @@ class Executor:
         addresses = [Address.parse(url) for url in urls]
         server = Server(self, self._engine, addresses, self._limits, inherited)
         self._server = server
+        self.digest.start()
         self._ended.clear()
         threading.Thread(target=self._run, name="symbiosis-executor", daemon=True).start()
         return [str(address) for address in server.addresses]
@@ -181,6 +184,8 @@ class Executor:
                 return sizes, _payload(b"".join(files.values()))
             case "parameters":
                 return {}, _payload(self.weights.shipped_bytes())
+            case "digest":
+                return self.digest.answer(), empty_payload(0)
             case "weight":
                 return self._whole_weight(client, question.get("id"), str(question.get("why")))
         raise ProtocolError(f"unknown request {str(question.get('get'))[:64]!r}")
@@ -225,6 +230,7 @@ class Executor:
                 {"id": w.id, "names": list(w.names), "shape": list(w.tensor.shape)} for w in weights
             ],
             "vectors": weights.vector_ids,
+            "digest": self.digest.ready,
             "fetch": self._fetch,
             "max_payload_bytes": self._limits.payload_bytes,
         }

@@ -106,6 +106,7 @@ class Weights:
         self._vectors: dict[int, torch.Tensor] = {}
         self.vector_ids: dict[str, int] = {}
         self.shipped: dict[str, torch.Tensor] = {}
+        self.stored = frozenset(model.state_dict())  # not what is computed while it is built
         first = next(model.parameters())
         self.device = first.device
         self.num_parameters = sum(p.numel() for p in model.parameters())

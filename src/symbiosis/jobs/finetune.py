@@ -77,7 +77,9 @@ def run(spec: FinetuneSpec, on_event: Callable[[Progress], None] | None = None) 
     folder = RunFolder(spec.out)
     folder.check(resume=spec.resume, overwrite=spec.overwrite)
     name = spec.name or f"finetune {spec.out.name}"
-    with symbiosis.connect(spec.base, name=name, priority="training") as base:
+    with symbiosis.connect(
+        spec.base, name=name, priority="training", expect_digest=spec.expect_digest
+    ) as base:
         check_hosts(base, spec.expect_model)
         tokenizer = tokenizer_of(base)
         scope = loss_scope(train[0], tokenizer)

@@ -78,7 +78,9 @@ def run(spec: GenerateSpec, write: Callable[[Piece], None] | None = None) -> lis
     for folder in spec.adapters:
         check_adapter_folder(folder)
     name = spec.name or "generate"
-    with symbiosis.connect(spec.base, name=name, priority="interactive") as base:
+    with symbiosis.connect(
+        spec.base, name=name, priority="interactive", expect_digest=spec.expect_digest
+    ) as base:
         tokenizer = tokenizer_of(base)
         prompts = [_encoded(tokenizer, prompt, spec) for prompt in spec.prompts]
         models = _models(base, spec)
