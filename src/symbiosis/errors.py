@@ -17,6 +17,7 @@
     ├── UnsupportedOperation    no meaning is defined for this use of a remote weight
     ├── PrivacyError            a privacy mode cannot keep its promise, so nothing was sent
     ├── ModelError              a model folder cannot be hosted, or is not the one hosted here
+    ├── WriteFailed             a file could not be written, because the disk is full for example
     ├── DataError               a line of a data set is malformed
     └── MethodError             an unknown PEFT method or option
 
@@ -115,6 +116,12 @@ class ModelError(SymbiosisError):
     """A model cannot be loaded, or is not the one that the executor hosts."""
 
     code = "model"
+
+
+class WriteFailed(SymbiosisError):
+    """A file of a job could not be written; the message names it."""
+
+    code = "write-failed"
 
 
 class DataError(SymbiosisError):
