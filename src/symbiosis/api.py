@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from symbiosis.client.private import PrivateSession
-from symbiosis.client.session import PriorityName, Session
+from symbiosis.client.session import Opener, PriorityName, Session
 from symbiosis.client.verifying import Trust
 from symbiosis.privacy.modes import Mode, Privacy
 from symbiosis.transport.sockets import Address, SocketChannel
@@ -67,19 +67,30 @@ def connect(
     """
     trust = Trust.of(expect_digest, verify, weights)
     chosen = Privacy.of(privacy)
-    dial = functools.partial(
-        SocketChannel, timeout_s=timeout_s, silence_s=silence_s, arena_bytes=arena_bytes
-    )
-    url = str(Address.parse(base)) if isinstance(base, str) else "inproc"
     make: Callable[..., Session] = Session
     if not chosen.is_plain:
-        second = None
+        helper = None
         if chosen.helper is not None:
             chosen = replace(chosen, helper=str(Address.parse(chosen.helper)))
-            second = functools.partial(dial, chosen.helper)
-        make = functools.partial(PrivateSession, privacy=chosen, helper=second)
+            # Of another operator, who is told nothing that is meant for the executor's.
+            helper = functools.partial(
+                SocketChannel,
+                chosen.helper,
+                timeout_s=timeout_s,
+                silence_s=silence_s,
+                arena_bytes=arena_bytes,
+            )
+        make = functools.partial(PrivateSession, privacy=chosen, helper=helper)
+    opener: Opener
+    if isinstance(base, str):
+        url = str(Address.parse(base))
+        opener = functools.partial(
+            SocketChannel, url, timeout_s=timeout_s, silence_s=silence_s, arena_bytes=arena_bytes
+        )
+    else:
+        url, opener = "inproc", base.open_channel
     return make(
-        functools.partial(dial, url) if isinstance(base, str) else base.open_channel,
+        opener,
         url,
         name=name,
         priority=priority,
