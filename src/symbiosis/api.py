@@ -71,11 +71,12 @@ def connect(
     if not chosen.is_plain:
         helper = None
         if chosen.helper is not None:
-            chosen = replace(chosen, helper=str(Address.parse(chosen.helper)))
+            second = str(Address.parse(chosen.helper))
+            chosen = replace(chosen, helper=second)
             # Of another operator, who is told nothing that is meant for the executor's.
             helper = functools.partial(
                 SocketChannel,
-                chosen.helper,
+                second,
                 timeout_s=timeout_s,
                 silence_s=silence_s,
                 arena_bytes=arena_bytes,
