@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from symbiosis.client.session import PriorityName, Session
+from symbiosis.client.private import PrivateSession
+from symbiosis.client.session import Opener, PriorityName, Session
 from symbiosis.client.verifying import Trust
+from symbiosis.privacy.modes import Mode, Privacy
 from symbiosis.transport.sockets import Address, SocketChannel
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ def connect(
     expect_digest: str | None = None,
     verify: float = 0.0,
     weights: str | None = None,
+    privacy: Mode | Privacy | None = None,
 ) -> Session:
     """Open a session with the executor at ``base``.
 
@@ -54,25 +59,38 @@ def connect(
     weights; with ``weights``, a folder with the model that you trust, also one that computes
     with others from the start. See decision 15 for what each finds.
 
-    Raises ConnectionFailed, ProtocolError, ModelError.
+    ``privacy`` hides what is sent from whoever runs the executor: ``plain`` (nothing is hidden),
+    ``masked-local``, or a `symbiosis.Privacy` that says more; `Session.privacy_report` says what
+    that promises.
+
+    Raises ConnectionFailed, ProtocolError, ModelError, PrivacyError.
     """
     trust = Trust.of(expect_digest, verify, weights)
-    if not isinstance(base, str):
-        return Session(
-            base.open_channel,
-            "inproc",
-            name=name,
-            priority=priority,
-            weight=weight,
-            deadline_ms=deadline_ms,
-            retry_s=retry_s,
-            trust=trust,
+    chosen = Privacy.of(privacy)
+    make: Callable[..., Session] = Session
+    if not chosen.is_plain:
+        helper = None
+        if chosen.helper is not None:
+            second = str(Address.parse(chosen.helper))
+            chosen = replace(chosen, helper=second)
+            # Of another operator, who is told nothing that is meant for the executor's.
+            helper = functools.partial(
+                SocketChannel,
+                second,
+                timeout_s=timeout_s,
+                silence_s=silence_s,
+                arena_bytes=arena_bytes,
+            )
+        make = functools.partial(PrivateSession, privacy=chosen, helper=helper)
+    opener: Opener
+    if isinstance(base, str):
+        url = str(Address.parse(base))
+        opener = functools.partial(
+            SocketChannel, url, timeout_s=timeout_s, silence_s=silence_s, arena_bytes=arena_bytes
         )
-    url = str(Address.parse(base))
-    opener = functools.partial(
-        SocketChannel, url, timeout_s=timeout_s, silence_s=silence_s, arena_bytes=arena_bytes
-    )
-    return Session(
+    else:
+        url, opener = "inproc", base.open_channel
+    return make(
         opener,
         url,
         name=name,
