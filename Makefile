@@ -32,7 +32,7 @@ conformance: setup  ## every architecture and PEFT method, split against whole; 
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance --jobs 2
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.methods
 
-bench: setup  ## the figures of the README; about 20 minutes on 2 cores
+bench: setup  ## the figures of the README; about 25 minutes on 2 cores
 	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/finetuning.py
@@ -40,6 +40,7 @@ bench: setup  ## the figures of the README; about 20 minutes on 2 cores
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/policies.py
 	$(BIN)/python benchmarks/quantized.py
+	$(BIN)/python benchmarks/privacy.py
 	$(BIN)/python benchmarks/table.py
 
 clean:
