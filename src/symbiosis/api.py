@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from symbiosis.client.session import PriorityName, Session
+from symbiosis.client.private import PrivateSession
+from symbiosis.client.session import Opener, PriorityName, Session
+from symbiosis.client.verifying import Trust
+from symbiosis.privacy.modes import Mode, Privacy
 from symbiosis.transport.sockets import Address, SocketChannel
 
 if TYPE_CHECKING:
@@ -23,6 +28,10 @@ def connect(
     retry_s: float = 60.0,
     silence_s: float | None = None,
     arena_bytes: int = 4 << 30,
+    expect_digest: str | None = None,
+    verify: float = 0.0,
+    weights: str | None = None,
+    privacy: Mode | Privacy | None = None,
 ) -> Session:
     """Open a session with the executor at ``base``.
 
@@ -42,23 +51,46 @@ def connect(
     executor behind a UNIX socket, for large tensors; memory is taken as it is used, and 0 sends
     everything through the socket.
 
-    Raises ConnectionFailed, ProtocolError.
+    ``expect_digest`` pins the model: what ``symbiosis digest FOLDER`` prints. An executor that
+    claims another is left before anything is sent, and every file, small parameter and fetched
+    weight that arrives is compared. ``verify`` is the share of the exchanges (0.05: one in
+    twenty) whose products are checked by random projections; a wrong one raises IntegrityError
+    and ends the session. By itself that finds an executor that computes wrongly or changes its
+    weights; with ``weights``, a folder with the model that you trust, also one that computes
+    with others from the start. See decision 15 for what each finds.
+
+    ``privacy`` hides what is sent from whoever runs the executor: ``plain`` (nothing is hidden),
+    ``masked-local``, or a `symbiosis.Privacy` that says more; `Session.privacy_report` says what
+    that promises.
+
+    Raises ConnectionFailed, ProtocolError, ModelError, PrivacyError.
     """
-    if not isinstance(base, str):
-        return Session(
-            base.open_channel,
-            "inproc",
-            name=name,
-            priority=priority,
-            weight=weight,
-            deadline_ms=deadline_ms,
-            retry_s=retry_s,
+    trust = Trust.of(expect_digest, verify, weights)
+    chosen = Privacy.of(privacy)
+    make: Callable[..., Session] = Session
+    if not chosen.is_plain:
+        helper = None
+        if chosen.helper is not None:
+            second = str(Address.parse(chosen.helper))
+            chosen = replace(chosen, helper=second)
+            # Of another operator, who is told nothing that is meant for the executor's.
+            helper = functools.partial(
+                SocketChannel,
+                second,
+                timeout_s=timeout_s,
+                silence_s=silence_s,
+                arena_bytes=arena_bytes,
+            )
+        make = functools.partial(PrivateSession, privacy=chosen, helper=helper)
+    opener: Opener
+    if isinstance(base, str):
+        url = str(Address.parse(base))
+        opener = functools.partial(
+            SocketChannel, url, timeout_s=timeout_s, silence_s=silence_s, arena_bytes=arena_bytes
         )
-    url = str(Address.parse(base))
-    opener = functools.partial(
-        SocketChannel, url, timeout_s=timeout_s, silence_s=silence_s, arena_bytes=arena_bytes
-    )
-    return Session(
+    else:
+        url, opener = "inproc", base.open_channel
+    return make(
         opener,
         url,
         name=name,
@@ -66,4 +98,5 @@ def connect(
         weight=weight,
         deadline_ms=deadline_ms,
         retry_s=retry_s,
+        trust=trust,
     )

@@ -4,6 +4,7 @@
 
     SymbiosisError
     ├── ProtocolError           the bytes on the wire make no sense; the connection is closed
+    │   └── DamagedFrame        they are not those that were sent: a checksum is wrong
     ├── ConnectionFailed        no executor answers at that address
     ├── ConnectionLost          the executor or the network went away in mid-session
     ├── ExchangeRefused         the executor understood the exchange and will not run it
@@ -11,9 +12,12 @@
     │   ├── UnknownOperation    not on the executor's closed list
     │   ├── InvalidInput        shape, dtype or value does not fit the weight
     │   └── ExchangeFailed      the computation itself failed (out of memory, for example)
+    ├── IntegrityError          an answer is not the product that was asked for
     ├── FetchRefused            this executor does not hand out its weights
     ├── UnsupportedOperation    no meaning is defined for this use of a remote weight
+    ├── PrivacyError            a privacy mode cannot keep its promise, so nothing was sent
     ├── ModelError              a model folder cannot be hosted, or is not the one hosted here
+    ├── WriteFailed             a file could not be written, because the disk is full for example
     ├── DataError               a line of a data set is malformed
     └── MethodError             an unknown PEFT method or option
 
@@ -34,6 +38,12 @@ class ProtocolError(SymbiosisError):
     """A malformed, oversized or unexpected frame."""
 
     code = "protocol"
+
+
+class DamagedFrame(ProtocolError):
+    """Bytes that changed on their way; sent again over a new connection they may arrive."""
+
+    code = "damaged"
 
 
 class ConnectionFailed(SymbiosisError):
@@ -78,6 +88,12 @@ class ExchangeFailed(ExchangeRefused):
     code = "exchange-failed"
 
 
+class IntegrityError(SymbiosisError):
+    """An answer is not the product with the weight that it should be; the session has ended."""
+
+    code = "integrity"
+
+
 class FetchRefused(SymbiosisError):
     """The executor's policy does not let weights leave it."""
 
@@ -90,10 +106,22 @@ class UnsupportedOperation(SymbiosisError, NotImplementedError):
     code = "unsupported-operation"
 
 
+class PrivacyError(SymbiosisError):
+    """A privacy mode cannot keep its promise; what would have broken it was not sent."""
+
+    code = "privacy"
+
+
 class ModelError(SymbiosisError):
     """A model cannot be loaded, or is not the one that the executor hosts."""
 
     code = "model"
+
+
+class WriteFailed(SymbiosisError):
+    """A file of a job could not be written; the message names it."""
+
+    code = "write-failed"
 
 
 class DataError(SymbiosisError):

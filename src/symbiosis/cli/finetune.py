@@ -100,8 +100,13 @@ def finetune(
     expect_model: Annotated[
         str | None, typer.Option(help="Refuse if the executor hosts another model.")
     ] = None,
+    expect_digest: console.ExpectDigest = None,
     name: console.Name = None,
     device: console.Device = FinetuneSpec.device,
+    privacy: console.PrivacyMode = "plain",
+    privacy_helper: console.PrivacyHelper = None,
+    privacy_bits: console.PrivacyBits = 8,
+    privacy_weights: console.PrivacyWeights = None,
     threads: console.Threads = None,
 ) -> None:
     """Train an adapter: the frozen weights stay with the executor, everything else is here.

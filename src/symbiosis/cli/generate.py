@@ -48,8 +48,13 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Wrap prompts in the tokenizer's chat template.")
     ] = False,
+    expect_digest: console.ExpectDigest = None,
     name: console.Name = None,
     device: console.Device = "cpu",
+    privacy: console.PrivacyMode = "plain",
+    privacy_helper: console.PrivacyHelper = None,
+    privacy_bits: console.PrivacyBits = 8,
+    privacy_weights: console.PrivacyWeights = None,
     threads: console.Threads = None,
 ) -> None:
     """Answer every prompt with every adapter; the text streams to stdout, figures to stderr."""
@@ -68,8 +73,13 @@ def generate(
                 **chosen,
                 "seed": seed,
                 "chat": chat,
+                "expect_digest": expect_digest,
                 "name": name,
                 "device": device,
+                "privacy": privacy,
+                "privacy_helper": privacy_helper,
+                "privacy_bits": privacy_bits,
+                "privacy_weights": privacy_weights,
             }
         )
     except ValueError as error:

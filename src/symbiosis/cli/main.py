@@ -9,6 +9,7 @@ import typer
 
 from symbiosis import __version__
 from symbiosis.cli import console
+from symbiosis.cli.digest import digest
 from symbiosis.cli.finetune import finetune
 from symbiosis.cli.generate import generate
 from symbiosis.cli.serve import serve
@@ -71,6 +72,10 @@ GENERATE_EXAMPLES = console.examples(
     "cat question.txt | symbiosis generate --base ... --adapter ./a --prompt - --chat",
     "symbiosis generate --base ... --prompt Hello --temperature 0.7 --top-p 0.9 --seed 1",
 )
+DIGEST_EXAMPLES = console.examples(
+    "symbiosis digest ./my-llama",
+    "symbiosis digest ./my-llama --dtype bfloat16 --quantize int8",
+)
 STATUS_EXAMPLES = console.examples(
     "symbiosis status --base unix:///tmp/base.sock",
     "symbiosis status --base unix:///tmp/base.sock --once --json",
@@ -84,6 +89,7 @@ app.command(epilog=GENERATE_EXAMPLES, no_args_is_help=True, help=console.help_of
     generate
 )
 app.command(epilog=STATUS_EXAMPLES)(status)
+app.command(epilog=DIGEST_EXAMPLES, no_args_is_help=True, help=console.help_of(digest))(digest)
 
 
 def main() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import functools
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from symbiosis.executor.executor import Executor
     from symbiosis.executor.quantized import Scheme
+    from symbiosis.privacy.modes import Bits
     from symbiosis.transport.sockets import Address
 
 DEFAULT_URL = "tcp://127.0.0.1:7420"
@@ -42,6 +45,11 @@ class Policy(enum.StrEnum):
 class Fetch(enum.StrEnum):
     allow = "allow"
     deny = "deny"
+
+
+class Masked(enum.StrEnum):
+    eight = "8"
+    sixteen = "16"
 
 
 class Quantize(enum.StrEnum):
@@ -94,7 +102,24 @@ def serve(
             "methods need."
         ),
     ] = Fetch.allow,
+    masked: Annotated[
+        list[Masked] | None,
+        typer.Option(
+            help="Offer masked exchanges (--privacy of the clients), and help with the masks of "
+            "another executor's clients. 8: with weights of 8 bits, modulo 2^32; 16: modulo 2^48, "
+            "near fp32. Keeps such a copy of the matrices. May be repeated.",
+            show_default="none",
+        ),
+    ] = None,
     threads: console.Threads = None,
+    supervise: Annotated[
+        bool,
+        typer.Option(
+            "--supervise",
+            help="Start the executor again when it crashes; clients carry on. On the CPU a parent "
+            "process keeps the weights, and a new executor is there within milliseconds.",
+        ),
+    ] = False,
     allow_remote: Annotated[
         bool,
         typer.Option(
@@ -121,20 +146,63 @@ def serve(
     _check_addresses(urls, allow_remote)
     _check_device(device)
     typer.echo(f"symbiosis {__version__}: loading {model}")
-    executor = Executor.load(
-        _name_of(model),
-        dtype=_torch_dtype(dtype),
+    load = functools.partial(
+        Executor.load,
+        name_of(model),
+        dtype=torch_dtype(dtype),
         device=device,
-        quantize=_scheme(quantize),
+        quantize=scheme_of(quantize),
         policy=policy.value,
         training_share=training_share,
         fetch=fetch.value,
+        masked=_bits(masked or []),
     )
-    with executor:
+    terms = f"{policy}, training share {training_share:g}, fetch {fetch}"
+    if supervise:
+        raise typer.Exit(_supervise(load, urls, device, terms))
+    with load() as executor:
         taken = executor.listen(urls)
-        _announce(executor, taken, f"{policy}, training share {training_share:g}, fetch {fetch}")
+        _announce(executor, taken, terms)
         executor.wait()
-    raise SymbiosisError("the executor stopped by itself; its log above says why")
+    raise SymbiosisError(_STOPPED)
+
+
+_STOPPED = "the executor stopped by itself; its log above says why"
+
+
+def _supervise(load: Callable[[], Executor], urls: list[str], device: str, terms: str) -> int:
+    """Load (on the CPU) and listen here, and serve in children; the exit code."""
+    import torch
+
+    from symbiosis.cli.supervisor import Supervisor
+    from symbiosis.transport.sockets import Address, listen
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # see `supervisor`
+    loaded = None if device.startswith("cuda") else load()  # CUDA does not survive a fork
+    if loaded is not None:
+        loaded.digest.wait()  # once, and by threads that a fork would lose
+    listeners = [listen(Address.parse(url)) for url in urls]
+    for listener, _ in listeners:
+        listener.setblocking(False)
+
+    def work(ready: Callable[[], None], again: bool) -> None:
+        torch.set_num_threads(threads)
+        with loaded or load() as executor:
+            taken = executor.listen(urls, listeners)
+            ready()
+            if not again:
+                _announce(executor, taken, terms)
+            executor.wait()
+        raise SymbiosisError(_STOPPED)
+
+    try:
+        return Supervisor(work).run()
+    finally:
+        for listener, address in listeners:
+            listener.close()
+            if address.path is not None:
+                os.unlink(address.path)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -179,12 +247,12 @@ def _check_device(device: str) -> None:
         raise SymbiosisError(f"--device {device!r} is none; use cpu or cuda") from None
 
 
-def _name_of(model: str) -> str:
+def name_of(model: str) -> str:
     """A folder by its absolute path: clients write it into their adapters."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
-def _scheme(quantize: Quantize) -> Scheme | None:
+def scheme_of(quantize: Quantize) -> Scheme | None:
     match quantize:
         case Quantize.int8:
             return "int8"
@@ -193,7 +261,12 @@ def _scheme(quantize: Quantize) -> Scheme | None:
     return None
 
 
-def _torch_dtype(dtype: Dtype) -> torch.dtype | None:
+def _bits(masked: list[Masked]) -> tuple[Bits, ...]:
+    found: dict[Masked, Bits] = {Masked.eight: 8, Masked.sixteen: 16}
+    return tuple(found[each] for each in dict.fromkeys(masked))
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype | None:
     import torch
 
     found = None if dtype is Dtype.auto else getattr(torch, dtype.value)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from symbiosis.client.chains import MAX_INPUT_BYTES, Chains
 from symbiosis.client.groups import InputGroups
-from symbiosis.client.linking import Member
+from symbiosis.client.linking import Ask, Member
 from symbiosis.client.trace import plain
 from symbiosis.wire.exchange import Op
 
@@ -46,6 +46,8 @@ class Ahead:
         self._siblings: _Siblings | None = None
         self._last_input: Tensor | None = None  # alive, so that the next is not taken for it
         self._vector_id = vector_id
+        self.verify: Callable[[Ask, Tensor, Tensor], None] | None = None
+        """Called with a chain, its input and its outputs, before they are used."""
         self._chains: dict[int, Chains] = {}  # by the rows of a pass: they are learned apart
         self.grouped = 0
         """Products answered along with another, without an exchange of their own."""
@@ -54,7 +56,7 @@ class Ahead:
         """A LINEAR, MATMUL or EMBEDDING of ``x``, contiguous, with a whole weight. ``recording``:
         gradients are recorded, so that this is training, where nothing is chained."""
         if x.nbytes > MAX_INPUT_BYTES or recording:
-            return self._grouped(member, plain(x), recording, send)
+            return self.together(member, plain(x), recording, send)
         chains = self._chains_for(x.numel() // (1 if member[0] is Op.EMBEDDING else x.shape[-1]))
         result = chains.answer(member, plain(x))
         if result is not None:
@@ -62,9 +64,11 @@ class Ahead:
         elif (asked := chains.ask(member, plain(x))) is not None:
             ask, tensors = asked
             (outputs,) = send(Op.CHAIN, ask.weights, ask.biases, ask.params, tensors, False)
+            if self.verify is not None:
+                self.verify(ask, tensors[0], outputs)
             result = chains.arrived(ask, tensors[0], outputs)
         else:
-            result = self._grouped(member, plain(x), False, send)
+            result = self.together(member, plain(x), False, send)
         return chains.observe(member, x, result)
 
     def clear(self) -> None:
@@ -86,7 +90,8 @@ class Ahead:
             found = self._chains[rows] = Chains(self._vector_id)
         return found
 
-    def _grouped(self, member: Member, x: Tensor, recording: bool, send: Send) -> Tensor:
+    def together(self, member: Member, x: Tensor, recording: bool, send: Send) -> Tensor:
+        """As `product`, along with what shares the input, but without chains."""
         op, weight, _, bias = member
         if op is Op.EMBEDDING:
             return send(op, (weight,), (bias,), (), (x,), recording)[0]

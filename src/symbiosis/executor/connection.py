@@ -11,6 +11,7 @@ import logging
 import os
 import selectors
 import socket
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +19,7 @@ import torch
 
 from symbiosis.errors import ProtocolError, SymbiosisError
 from symbiosis.executor.ops import Plan
+from symbiosis.executor.ring import only_ring
 from symbiosis.transport.arena import ArenaUnfit, AttachedArena, receive_with_descriptors
 from symbiosis.transport.sockets import exchange_parts
 from symbiosis.wire.checksums import checked
@@ -74,6 +76,7 @@ class Connection:
         self._events = selectors.EVENT_READ
         self._held_back = False  # frames wait in the reader until answers are taken
         self._closed = False
+        self._masked = False  # nothing but masked exchanges may come
 
     def ready(self, events: int) -> None:
         """The socket can be read, or written again."""
@@ -130,6 +133,16 @@ class Connection:
         if self._held_back:
             self._server.resume(self)
         self._update_events()
+
+    def flush_until(self, until_s: float) -> None:
+        """Give the client time to take its answers, before `fail`."""
+        try:
+            while self._outbox and (left_s := until_s - time.monotonic()) > 0:
+                self.socket.settimeout(left_s)
+                self.socket.sendall(self._outbox.popleft())
+            self.socket.settimeout(0)
+        except OSError:  # it has gone, or is too slow
+            self.close()
 
     def fail(self, error: SymbiosisError) -> None:
         """Tell the client why, as far as that is possible at once, and close."""
@@ -201,11 +214,14 @@ class Connection:
         if (kind is Kind.HELLO) != (self._client is None):
             raise ProtocolError(f"unexpected {kind.name} frame: HELLO comes first, and once")
         if kind is Kind.EXCHANGE:
-            return self._server.admission.admit(meta, payload_bytes)
+            found = self._server.admission.admit(meta, payload_bytes)
+            return only_ring(found) if self._masked else found
         if kind is Kind.PLACED:
             if self._arena is None:
                 raise ProtocolError("an exchange with places, but no arena is attached")
-            return self._server.admission.admit_placed(meta, payload_bytes, self._arena.size_bytes)
+            size = self._arena.size_bytes
+            placed = self._server.admission.admit_placed(meta, payload_bytes, size)
+            return only_ring(placed) if self._masked else placed
         if payload_bytes or kind not in (Kind.HELLO, Kind.REQUEST):
             raise ProtocolError(f"a client may not send a {kind.name} frame like this")
         return None
@@ -229,6 +245,7 @@ class Connection:
             raise ProtocolError("an arena is announced and its descriptor sent, both or neither")
         client, welcome = self._server.desk.attach(hello, self._transport)
         self._client = client
+        self._masked = hello.get("masked") is not None
         if self._descriptors:
             try:
                 self._arena = AttachedArena(self._descriptors[0])

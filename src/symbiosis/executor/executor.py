@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -17,11 +18,14 @@ import torch
 from transformers import PreTrainedModel
 
 from symbiosis.errors import FetchRefused, ProtocolError, SymbiosisError
+from symbiosis.executor.digests import ModelDigest
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.quantized import Scheme
+from symbiosis.executor.ring import describe, not_offered, offer, only_ring
 from symbiosis.executor.scheduler import Policy, Scheduler, Terms
 from symbiosis.executor.server import Server
 from symbiosis.executor.weights import Weights
+from symbiosis.privacy.modes import Bits
 from symbiosis.transport.inproc import InprocChannel
 from symbiosis.transport.sockets import Address
 from symbiosis.wire.exchange import Exchange, Result
@@ -49,9 +53,14 @@ class Executor:
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
         max_payload_bytes: int = 1 << 30,
+        masked: Sequence[Bits] = (),
     ) -> None:
-        """``fetch`` says whether clients may read whole weights (DoRA, merging, ...)."""
+        """``fetch`` says whether clients may read whole weights (DoRA, merging, ...). ``masked``
+        offers masked exchanges, with weights of 8 or 16 bits, which are kept beside the others."""
         self.weights = weights
+        offer(weights, tuple(masked))
+        self._masked_clients: set[int] = set()
+        self.digest = ModelDigest(weights)
         self._fetch = fetch
         self._limits = Limits(payload_bytes=max_payload_bytes)
         self._engine = Engine(
@@ -75,29 +84,38 @@ class Executor:
         policy: Policy = "greedy",
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
+        masked: Sequence[Bits] = (),
     ) -> Executor:
         """Load a local ``transformers`` folder or a hub id; raises ModelError.
 
         ``quantize`` keeps the matrices of the linear layers in eight bits (``int8``) or four
-        (``nf4``); embeddings, the output head, convolutions and experts stay dense.
+        (``nf4``); embeddings, the output head, convolutions and experts stay dense. ``masked``
+        offers masked exchanges to clients; see `Executor`.
         """
         weights = Weights.load(model, dtype=dtype, device=device, quantize=quantize)
-        return cls(weights, policy=policy, training_share=training_share, fetch=fetch)
+        return cls(
+            weights, policy=policy, training_share=training_share, fetch=fetch, masked=masked
+        )
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, name: str = "in-memory model") -> Executor:
         """Host a model that is already in memory; it must not be changed afterwards."""
         return cls(Weights(model, name))
 
-    def listen(self, urls: Sequence[str]) -> list[str]:
+    def listen(
+        self, urls: Sequence[str], inherited: Sequence[tuple[socket.socket, Address]] = ()
+    ) -> list[str]:
         """Serve ``urls`` from a thread of this process; the URLs with the ports really taken.
 
-        Raises ConnectionFailed if an address cannot be listened on.
+        ``inherited`` are listening sockets of a parent process, used in place of ``urls`` and left
+        to it. Raises ConnectionFailed if an address cannot be listened on.
         """
         if self._server is not None:
             raise SymbiosisError("this executor listens already")
-        server = Server(self, self._engine, [Address.parse(url) for url in urls], self._limits)
+        addresses = [Address.parse(url) for url in urls]
+        server = Server(self, self._engine, addresses, self._limits, inherited)
         self._server = server
+        self.digest.start()
         self._ended.clear()
         threading.Thread(target=self._run, name="symbiosis-executor", daemon=True).start()
         return [str(address) for address in server.addresses]
@@ -140,20 +158,28 @@ class Executor:
                 f"the client speaks protocol {hello.get('protocol')}, this executor {VERSION}: "
                 f"use the same release on both sides"
             )
+        masked = hello.get("masked")
+        if masked is not None and masked not in self.weights.ring:
+            raise ProtocolError(not_offered(self.weights, masked))
         pid = hello.get("pid")
         name = str(hello.get("client") or "client")[:64]
         client = self._engine.add_client(
             name, transport, pid if isinstance(pid, int) else None, _terms(hello)
         )
+        if masked is not None:
+            self._masked_clients.add(client)
         return client, self._welcome(client)
 
     def detach(self, client: int) -> None:
+        self._masked_clients.discard(client)
         self._engine.remove_client(client)
 
     def compute(self, client: int, exchange: Exchange) -> Result | SymbiosisError:
         """Run one exchange with the caller's thread; see `InprocChannel`."""
         answer: list[Result | SymbiosisError] = []
         try:
+            if client in self._masked_clients:
+                only_ring((exchange,))
             plan = self._engine.admit(exchange)
         except SymbiosisError as error:
             self._engine.refused(client)
@@ -176,8 +202,13 @@ class Executor:
                 return sizes, _payload(b"".join(files.values()))
             case "parameters":
                 return {}, _payload(self.weights.shipped_bytes())
+            case "digest":
+                return self.digest.answer(), empty_payload(0)
             case "weight":
                 return self._whole_weight(client, question.get("id"), str(question.get("why")))
+            case "ring":
+                facts, scales = describe(self.weights, question.get("bits"))
+                return facts, _payload(scales)
         raise ProtocolError(f"unknown request {str(question.get('get'))[:64]!r}")
 
     def describe(self) -> Json:
@@ -217,11 +248,14 @@ class Executor:
             "protocol": VERSION,
             "session": client,
             "weights": [
-                {"id": w.id, "names": list(w.names), "shape": list(w.tensor.shape)} for w in weights
+                {"id": w.id, "names": list(w.names), "shape": list(w.tensor.shape), "axis": w.axis}
+                for w in weights
             ],
             "vectors": weights.vector_ids,
+            "digest": self.digest.ready,
             "fetch": self._fetch,
             "max_payload_bytes": self._limits.payload_bytes,
+            "masked": list(weights.ring),
         }
 
 

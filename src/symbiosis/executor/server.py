@@ -13,7 +13,9 @@ import os
 import selectors
 import socket
 import threading
+import time
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 
@@ -28,18 +30,28 @@ from symbiosis.wire.places import Places
 
 logger = logging.getLogger(__name__)
 
+_TAKE_ANSWERS_S = 5.0
+"""That all clients together have at the end to take answers that wait for them."""
+
 
 class Server:
     """Listens on several addresses and serves them from the thread that calls `run`."""
 
     def __init__(
-        self, desk: Desk, engine: Engine, addresses: list[Address], limits: Limits
+        self,
+        desk: Desk,
+        engine: Engine,
+        addresses: list[Address],
+        limits: Limits,
+        inherited: Sequence[tuple[socket.socket, Address]] = (),
     ) -> None:
-        """Starts listening; raises ConnectionFailed."""
+        """Starts listening, or goes on with sockets that were ``inherited``, and whose owner will
+        remove what they leave; raises ConnectionFailed."""
         self.desk = desk
         self.engine = engine
         self.limits = limits
         self._selector = selectors.DefaultSelector()
+        self._owns_listeners = not inherited
         self._listeners: list[socket.socket] = []
         self.addresses: list[Address] = []
         self._connections: set[Connection] = set()
@@ -52,8 +64,7 @@ class Server:
         self._stopping = False
         self._thread = threading.get_ident()
         try:
-            for address in addresses:
-                listener, taken = listen(address)
+            for listener, taken in inherited or map(listen, addresses):
                 listener.setblocking(False)
                 self._selector.register(listener, selectors.EVENT_READ)
                 self._listeners.append(listener)
@@ -71,8 +82,9 @@ class Server:
                 self._poll(self.engine.wait_s())
                 while self.engine.run_once() and self.engine.waiting:
                     self._poll(0)
-            while self.engine.run_once():
-                pass
+            while self.engine.waiting:  # what is held for others is not held now
+                if not self.engine.run_once():
+                    time.sleep(self.engine.wait_s() or 0)
         finally:
             self._close_all()
 
@@ -149,12 +161,15 @@ class Server:
         self.watch(connection, selectors.EVENT_READ)
 
     def _close_all(self) -> None:
+        until_s = time.monotonic() + _TAKE_ANSWERS_S
         for connection in list(self._connections):
+            connection.flush_until(until_s)
             connection.fail(ConnectionLost("the executor is shutting down"))
         for listener, address in zip(self._listeners, self.addresses, strict=True):
             listener.close()
-            if address.path is not None and os.path.exists(address.path):
-                os.unlink(address.path)
+            if self._owns_listeners and address.path is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(address.path)
         self._selector.close()
         self._woken.close()
         self._waker.close()

@@ -16,20 +16,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
 
 from symbiosis.errors import InvalidInput, ModelError, UnknownWeight
 from symbiosis.executor import quantized
+from symbiosis.executor.model_files import read_model
 from symbiosis.executor.quantized import QuantizedMatrix, Scheme
+from symbiosis.privacy.ring import RingWeight
 from symbiosis.wire.tensors import ALIGNMENT
 from symbiosis.wire.views import Recipe, look
 
@@ -63,12 +61,15 @@ class HostedWeight:
     """One frozen weight; tied parameters are one weight with several names.
 
     ``tensor`` holds the numbers; of a quantised weight only shape and dtype (on the meta device).
+    ``axis`` is where the outputs of a layer lie, if its weight is a matrix that products are
+    computed with: 0, of a Conv1D 1. None for lookups, convolutions and experts.
     """
 
     id: int
     names: tuple[str, ...]
     tensor: torch.Tensor
     quantized: QuantizedMatrix | None = None
+    axis: int | None = None
 
     def dense(self) -> torch.Tensor:
         """The numbers; those of a quantised weight newly made."""
@@ -109,6 +110,8 @@ class Weights:
         self._vectors: dict[int, torch.Tensor] = {}
         self.vector_ids: dict[str, int] = {}
         self.shipped: dict[str, torch.Tensor] = {}
+        self.ring: dict[int, dict[int, RingWeight]] = {}  # by bits, by id; see `executor.ring`
+        self.stored = frozenset(model.state_dict())  # not what is computed while it is built
         first = next(model.parameters())
         self.device = first.device
         self.num_parameters = sum(p.numel() for p in model.parameters())
@@ -138,26 +141,7 @@ class Weights:
         started = time.monotonic()
         if quantize is not None:
             quantized.check(quantize)
-        try:
-            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-            _check_dense(config)
-            loaded, report = _model_class(config).from_pretrained(
-                model,
-                config=config,
-                dtype=dtype or "auto",
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            config_file = cached_file(model, "config.json")
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            raise ModelError(f"cannot host {model!r}: {error}") from error
-        if missing := sorted(report["missing_keys"]):
-            raise ModelError(
-                f"cannot host {model!r}: its files lack {len(missing)} weights, for example "
-                f"{', '.join(missing[:3])}; they would have to be made up"
-            )
-        folder = Path(str(config_file)).parent
+        loaded, folder = read_model(model, dtype)
         weights = cls(loaded.to(device).eval(), model, folder, quantize)
         if quantize is not None:
             del loaded
@@ -238,6 +222,7 @@ class Weights:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         for path, module in model.named_modules():
             for name, tensor in _tensors_of(module):
                 full = f"{path}.{name}" if path else name
@@ -245,17 +230,25 @@ class Weights:
                 if known is not None and _is_hosted(module, tensor):
                     if known[0] == full:
                         inner = module is not head and len(known) == 1
-                        self._host(tuple(known), tensor, _output_dim(module) if inner else None)
+                        axis = None if id(tensor) in looked_up else _axis(module, tensor)
+                        dim = _output_dim(module) if inner else None
+                        self._host(tuple(known), tensor, dim, axis)
                 else:
                     self._ship(full, tensor)
 
-    def _host(self, names: tuple[str, ...], tensor: torch.Tensor, output_dim: int | None) -> None:
+    def _host(
+        self,
+        names: tuple[str, ...],
+        tensor: torch.Tensor,
+        output_dim: int | None,
+        axis: int | None,
+    ) -> None:
         """``output_dim`` is that of an inner linear layer's matrix, which may be quantised."""
         data = tensor.detach()
         if data.data_ptr() % ALIGNMENT or not data.is_contiguous():
             data = data.clone(memory_format=torch.contiguous_format)
         number = len(self._hosted) + 1
-        self._hosted[number] = HostedWeight(number, names, data)
+        self._hosted[number] = HostedWeight(number, names, data, axis=axis)
         if self.quantization is not None:
             self._hosted[number] = self._quantized(self._hosted[number], output_dim)
             tensor.data = tensor.new_empty(0)  # the model is ours: nobody needs its numbers
@@ -313,15 +306,9 @@ def _output_dim(module: nn.Module) -> int | None:
     return 1 if isinstance(module, Conv1D) else None
 
 
-def _check_dense(config: transformers.PreTrainedConfig) -> None:
-    """Raises ValueError for files that are quantised already."""
-    found = getattr(config, "quantization_config", None)
-    if found is not None:
-        settings = found if isinstance(found, dict) else found.to_dict()
-        raise ValueError(
-            f"its files are quantised already ({settings.get('quant_method', 'method unknown')}), "
-            f"which is not supported; host the original files with --quantize int8 or nf4"
-        )
+def _axis(module: nn.Module, parameter: torch.Tensor) -> int | None:
+    """See `HostedWeight`."""
+    return None if parameter.dim() != 2 else 1 if isinstance(module, Conv1D) else 0
 
 
 def _looked_at(hosted: HostedWeight, tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
@@ -329,20 +316,6 @@ def _looked_at(hosted: HostedWeight, tensor: torch.Tensor, recipe: Recipe) -> to
         return look(tensor, recipe)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise InvalidInput(f"{hosted.names[0]} cannot be looked at that way: {error}") from None
-
-
-def _model_class(config: transformers.PreTrainedConfig) -> Any:
-    """The class that the configuration names, else the causal LM for its model type."""
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-    if config.architectures:
-        raise ValueError(
-            f"transformers {transformers.__version__} has no model class "
-            f"{config.architectures[0]!r}, and code that comes with a model is not run"
-        )
-    return AutoModelForCausalLM
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:

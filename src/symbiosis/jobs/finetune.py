@@ -24,15 +24,16 @@ from symbiosis.errors import ModelError
 from symbiosis.jobs import methods
 from symbiosis.jobs.data import Row, digest, read_rows, split
 from symbiosis.jobs.encode import Encoded, encode, loss_scope, pad_id
-from symbiosis.jobs.hosted import check_hosts, tokenizer_of
+from symbiosis.jobs.hosted import check_hosts, log_privacy, tokenizer_of
 from symbiosis.jobs.record import Progress, RunFolder
-from symbiosis.jobs.spec import FinetuneSpec
+from symbiosis.jobs.spec import FinetuneSpec, privacy_of
 
 logger = logging.getLogger(__name__)
 
 _FREE_TO_CHANGE = {
     "base", "out", "name", "expect_model", "resume", "overwrite", "save_steps", "eval_steps",
-    "log_steps", "data", "eval_data", "method", "options", "learning_rate",
+    "log_steps", "data", "eval_data", "method", "options", "learning_rate", "privacy_helper",
+    "privacy_weights",
 }  # fmt: skip
 """Fields that a resumed run need not share, or that `_job` records in another form."""
 
@@ -77,7 +78,13 @@ def run(spec: FinetuneSpec, on_event: Callable[[Progress], None] | None = None) 
     folder = RunFolder(spec.out)
     folder.check(resume=spec.resume, overwrite=spec.overwrite)
     name = spec.name or f"finetune {spec.out.name}"
-    with symbiosis.connect(spec.base, name=name, priority="training") as base:
+    with symbiosis.connect(
+        spec.base,
+        name=name,
+        priority="training",
+        expect_digest=spec.expect_digest,
+        privacy=privacy_of(spec),
+    ) as base:
         check_hosts(base, spec.expect_model)
         tokenizer = tokenizer_of(base)
         scope = loss_scope(train[0], tokenizer)
@@ -86,7 +93,9 @@ def run(spec: FinetuneSpec, on_event: Callable[[Progress], None] | None = None) 
         eval_set = encode(held_out, tokenizer, spec.max_length) if held_out else []
         folder.begin(_job(spec, method, base), resume=spec.resume)
         job = _Job(spec, method, base, folder, pad_id(tokenizer), train_set, eval_set)
-        return job.run(on_event or (lambda progress: None))
+        report = job.run(on_event or (lambda progress: None))
+        log_privacy(base)
+        return report
 
 
 class _Job:

@@ -24,8 +24,8 @@ import symbiosis
 from symbiosis.client.session import Session
 from symbiosis.errors import ModelError, SymbiosisError
 from symbiosis.jobs.encode import pad_id
-from symbiosis.jobs.hosted import tokenizer_of
-from symbiosis.jobs.spec import GenerateSpec
+from symbiosis.jobs.hosted import log_privacy, tokenizer_of
+from symbiosis.jobs.spec import GenerateSpec, privacy_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,15 +78,23 @@ def run(spec: GenerateSpec, write: Callable[[Piece], None] | None = None) -> lis
     for folder in spec.adapters:
         check_adapter_folder(folder)
     name = spec.name or "generate"
-    with symbiosis.connect(spec.base, name=name, priority="interactive") as base:
+    with symbiosis.connect(
+        spec.base,
+        name=name,
+        priority="interactive",
+        expect_digest=spec.expect_digest,
+        privacy=privacy_of(spec),
+    ) as base:
         tokenizer = tokenizer_of(base)
         prompts = [_encoded(tokenizer, prompt, spec) for prompt in spec.prompts]
         models = _models(base, spec)
-        return [
+        answers = [
             _answer(spec, label, model, tokenizer, index, ids, write or (lambda piece: None))
             for index, ids in enumerate(prompts)
             for label, model in models.items()
         ]
+        log_privacy(base)
+        return answers
 
 
 def load_adapter(base: Session, folder: Path, device: str = "cpu") -> PreTrainedModel:

@@ -280,7 +280,8 @@ class SocketChannel:
             sent = socket.send_fds(self._socket, [greeting], [self._arena.descriptor])
         except OSError as error:
             raise self._lost(error) from None
-        self._send([memoryview(greeting)[sent:]])
+        if sent < len(greeting):  # sending nothing fails if the executor has hung up already
+            self._send([memoryview(greeting)[sent:]])
 
     def _dial(self, address: Address, timeout_s: float) -> socket.socket:
         try:
