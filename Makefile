@@ -37,7 +37,7 @@ SOAK ?= --minutes 5
 soak: setup  ## clients of all kinds come and go, some die, so does the executor; SOAK="--hours 8"
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -W ignore -m tests.soak $(SOAK)
 
-bench: setup  ## the figures of the README; about 20 minutes on 2 cores
+bench: setup  ## the figures of the README; about 25 minutes on 2 cores
 	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/finetuning.py
@@ -45,6 +45,7 @@ bench: setup  ## the figures of the README; about 20 minutes on 2 cores
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/policies.py
 	$(BIN)/python benchmarks/quantized.py
+	$(BIN)/python benchmarks/privacy.py
 	$(BIN)/python benchmarks/table.py
 
 clean:
