@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from symbiosis.client.session import PriorityName, Session
 from symbiosis.transport.sockets import Address, SocketChannel
+from symbiosis.transport.tls import Secret, Tls
 
 if TYPE_CHECKING:
     from symbiosis.executor.executor import Executor
@@ -21,20 +22,25 @@ def connect(
     deadline_ms: float | None = None,
     timeout_s: float = 10.0,
     arena_bytes: int = 4 << 30,
+    key: str | None = None,
+    tls: Tls | None = None,
 ) -> Session:
     """Open a session with the executor at ``base``.
 
-    ``base`` is ``unix:///path.sock``, ``tcp://host:port``, or an `Executor` of this process.
-    ``name`` is what ``symbiosis status`` shows. ``priority`` says whether a person waits for the
-    answers (``interactive``) or a training loop does (``training``); ``auto`` decides for each
-    exchange by whether gradients are recorded. Among clients of one priority, this one's turn
-    comes as if it had waited ``weight`` times as long (0.1 to 10). The executor holds none of its
+    ``base`` is ``unix:///path.sock``, ``tcp://host:port``, ``tls://host:port``, or an `Executor`
+    of this process. ``name`` is what ``symbiosis status`` shows. ``priority`` says whether a
+    person waits for the answers (``interactive``) or a training loop does (``training``);
+    ``auto`` decides for each exchange by whether gradients are recorded. Among clients of one
+    priority, this one's turn comes as if it had waited ``weight`` times as long (0.1 to 10). The executor holds none of its
     exchanges for others beyond ``deadline_ms`` after arrival (0: never holds them).
     ``timeout_s`` bounds connecting. ``arena_bytes`` is the address space that is shared with an
     executor behind a UNIX socket, for large tensors; memory is taken as it is used, and 0 sends
-    everything through the socket.
+    everything through the socket. ``key`` is an API key, for executors that ask for one; it is
+    sent over tls:// or within the host only, and goes along when a session is pickled for a
+    worker process. ``tls`` says what to trust and show at a tls:// address; by default the
+    system's authorities are trusted. The hostname is always verified.
 
-    Raises ConnectionFailed, ProtocolError.
+    Raises ConnectionFailed, AuthenticationFailed, QuotaExceeded, ProtocolError.
     """
     if not isinstance(base, str):
         return Session(
@@ -46,7 +52,14 @@ def connect(
             deadline_ms=deadline_ms,
         )
     url = str(Address.parse(base))
-    opener = functools.partial(SocketChannel, url, timeout_s=timeout_s, arena_bytes=arena_bytes)
+    opener = functools.partial(
+        SocketChannel,
+        url,
+        timeout_s=timeout_s,
+        arena_bytes=arena_bytes,
+        key=None if key is None else Secret(key),
+        tls=tls,
+    )
     return Session(
         opener, url, name=name, priority=priority, weight=weight, deadline_ms=deadline_ms
     )

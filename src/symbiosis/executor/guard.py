@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from symbiosis.errors import AuthenticationFailed, KeyStoreError
+from symbiosis.errors import AuthenticationFailed, ConnectionFailed, KeyStoreError
 from symbiosis.executor import keystore
 from symbiosis.executor.keystore import Tenant
 from symbiosis.executor.tenants import Account
+from symbiosis.transport.sockets import Address
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,10 @@ class Guard:
         known = dict.fromkeys([*names, *self._accounts])
         return {name: self._account(self._tenant(name)).snapshot(now_s) for name in known}
 
+    def account_of(self, tenant: Tenant) -> dict[str, object]:
+        """One tenant's use and limits."""
+        return self._account(tenant).snapshot(self._clock())
+
     def _tenant(self, name: str) -> Tenant:
         found = None if self._store is None else self._store.tenants.get(name)
         return found or Tenant(name)
@@ -151,6 +156,22 @@ class Guard:
 
     def _now(self) -> datetime:
         return datetime.fromtimestamp(self._wall_clock(), UTC)
+
+
+def check_reach(addresses: Sequence[Address], asks: bool, allow_remote: bool) -> None:
+    """Raises ConnectionFailed if other machines could come in unknown or be overheard.
+
+    ``asks`` says whether clients have to show a key or a certificate.
+    """
+    for address in addresses:
+        if address.is_loopback or allow_remote or (address.is_tls and asks):
+            continue
+        lacks = "asks nobody who they are" if address.is_tls else "is not encrypted"
+        raise ConnectionFailed(
+            f"{address} can be reached from other machines and {lacks}: listen on "
+            f"tls://HOST:PORT with --tls-cert and --tls-key, and give --keys or "
+            f"--tls-client-ca; or read `symbiosis serve --help` on --allow-remote"
+        )
 
 
 def refusal() -> AuthenticationFailed:

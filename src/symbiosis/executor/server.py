@@ -12,16 +12,20 @@ import logging
 import os
 import selectors
 import socket
+import ssl
 import threading
 from collections import deque
+from typing import NamedTuple
 
 import torch
 
-from symbiosis.errors import ConnectionLost, SymbiosisError
+from symbiosis.errors import ConnectionFailed, ConnectionLost, SymbiosisError
 from symbiosis.executor.admission import Admission
 from symbiosis.executor.connection import Answer, Connection, Desk
 from symbiosis.executor.engine import Engine
+from symbiosis.executor.guard import LOOK_EVERY_S, Guard, refusal
 from symbiosis.transport.sockets import Address, listen, tune
+from symbiosis.transport.tls import ServerTls, TlsSocket
 from symbiosis.wire.exchange import Result
 from symbiosis.wire.frames import Limits
 from symbiosis.wire.places import Places
@@ -29,18 +33,35 @@ from symbiosis.wire.places import Places
 logger = logging.getLogger(__name__)
 
 
+class _Door(NamedTuple):
+    """One address that is listened on, and who answers there."""
+
+    listener: socket.socket
+    address: Address
+    desk: Desk
+    context: ssl.SSLContext | None
+
+
 class Server:
     """Listens on several addresses and serves them from the thread that calls `run`."""
 
     def __init__(
-        self, desk: Desk, engine: Engine, addresses: list[Address], limits: Limits
+        self,
+        desk: Desk,
+        engine: Engine,
+        addresses: list[Address],
+        limits: Limits,
+        *,
+        tls: ServerTls | None = None,
+        guard: Guard | None = None,
     ) -> None:
-        """Starts listening; raises ConnectionFailed."""
-        self.desk = desk
+        """Starts listening; raises ConnectionFailed. ``tls`` is for the tls:// addresses."""
         self.engine = engine
         self.limits = limits
         self._selector = selectors.DefaultSelector()
-        self._listeners: list[socket.socket] = []
+        self._guard = guard
+        self._delayed: set[Connection] = set()  # by their tenant's quota
+        self._doors: list[_Door] = []
         self.addresses: list[Address] = []
         self._connections: set[Connection] = set()
         self._woken, self._waker = socket.socketpair()
@@ -53,14 +74,21 @@ class Server:
         self._thread = threading.get_ident()
         try:
             for address in addresses:
-                listener, taken = listen(address)
-                listener.setblocking(False)
-                self._selector.register(listener, selectors.EVENT_READ)
-                self._listeners.append(listener)
-                self.addresses.append(taken)
+                self.addresses.append(self._open(address, desk, tls))
         except BaseException:
             self._close_all()
             raise
+
+    def _open(self, address: Address, desk: Desk, tls: ServerTls | None) -> Address:
+        if address.is_tls and tls is None:
+            raise ConnectionFailed(f"{address} needs a certificate: give --tls-cert and --tls-key")
+        context = tls.context() if address.is_tls and tls is not None else None
+        listener, taken = listen(address)
+        listener.setblocking(False)
+        door = _Door(listener, taken, desk, context)
+        self._doors.append(door)
+        self._selector.register(listener, selectors.EVENT_READ, door)
+        return taken
 
     def run(self) -> None:
         """Serve until `stop`; then answer what is queued and close."""
@@ -68,7 +96,7 @@ class Server:
         torch.set_grad_enabled(False)  # for this thread
         try:
             while not self._stopping:
-                self._poll(self.engine.wait_s())
+                self._poll(self._wait_s())
                 while self.engine.run_once() and self.engine.waiting:
                     self._poll(0)
             while self.engine.run_once():
@@ -88,21 +116,35 @@ class Server:
         request: int,
         outcome: Result | SymbiosisError,
         places: Places | None = None,
+        input_bytes: int = 0,
     ) -> None:
         """Send an answer; from any thread."""
         if threading.get_ident() == self._thread:
-            connection.answer(request, outcome, places)
+            connection.answer(request, outcome, places, input_bytes)
         else:
-            self._from_other_threads.append((connection, (request, outcome, places)))
+            answer = (request, outcome, places, input_bytes)
+            self._from_other_threads.append((connection, answer))
             self._waker.send(b"\0")
 
     def resume(self, connection: Connection) -> None:
         """A connection that held frames back can take them now."""
         self._resumable.add(connection)
 
+    def delay(self, connection: Connection) -> None:
+        """A connection holds frames back until its tenant's quota allows more."""
+        self._delayed.add(connection)
+
+    def disconnect(self, client: int, error: SymbiosisError) -> bool:
+        """End a client's connection and tell it why; False if there is none."""
+        found = [each for each in self._connections if each.client == client]
+        for connection in found:
+            connection.fail(error)
+        return bool(found)
+
     def closed(self, connection: Connection) -> None:
         """A connection has ended: release what it held."""
         self._connections.discard(connection)
+        self._delayed.discard(connection)
 
     def watch(self, connection: Connection, events: int) -> None:
         """Wait for ``events`` on a connection; 0 for none."""
@@ -118,15 +160,35 @@ class Server:
         for key, events in self._selector.select(0 if self._resumable else timeout_s):
             if isinstance(key.data, Connection):
                 key.data.ready(events)
-            elif key.fileobj is self._woken:
-                self._drain_waker()
+            elif isinstance(key.data, _Door):
+                self._accept(key.data)
             else:
-                self._accept(key.fileobj)  # type: ignore[arg-type]
+                self._drain_waker()
         while self._from_other_threads:
             connection, answer = self._from_other_threads.popleft()
             connection.answer(*answer)
+        if self._guard is not None:
+            self._look_after_tenants(self._guard)
         while self._resumable:
             self._resumable.pop().resume()
+
+    def _wait_s(self) -> float | None:
+        """How long nothing has to be done unless something comes in."""
+        wait_s = self.engine.wait_s()
+        if self._guard is None:
+            return wait_s
+        now_s = self.engine.clock()
+        delays_s = [c.account.delay_s(now_s) for c in self._delayed if c.account is not None]
+        return min([LOOK_EVERY_S, *delays_s, *([] if wait_s is None else [wait_s])])
+
+    def _look_after_tenants(self, guard: Guard) -> None:
+        now_s = self.engine.clock()
+        for connection in list(self._delayed):
+            if connection.account is None or connection.account.delay_s(now_s) <= 0:
+                self._delayed.discard(connection)
+                self._resumable.add(connection)
+        for client in guard.look():
+            self.disconnect(client, refusal())
 
     def _drain_waker(self) -> None:
         try:
@@ -135,26 +197,37 @@ class Server:
         except BlockingIOError:
             pass
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, door: _Door) -> None:
         try:
-            accepted, _ = listener.accept()
+            accepted, _ = door.listener.accept()
         except OSError as error:  # the peer gave up, or no descriptors are left
             logger.warning("could not accept a connection: %s", error)
             return
         accepted.setblocking(False)
         tune(accepted)
-        transport = "unix" if accepted.family == socket.AF_UNIX else "tcp"
-        connection = Connection(self, accepted, transport)
+        try:
+            connection = self._connection(accepted, door)
+        except OSError as error:  # it has gone again
+            logger.warning("could not begin TLS with a client: %s", error)
+            accepted.close()
+            return
         self._connections.add(connection)
         self.watch(connection, selectors.EVENT_READ)
+
+    def _connection(self, accepted: socket.socket, door: _Door) -> Connection:
+        if door.context is not None:
+            return Connection(self, TlsSocket(accepted, door.context), "tls", door.desk)
+        transport = "unix" if accepted.family == socket.AF_UNIX else "tcp"
+        return Connection(self, accepted, transport, door.desk)
 
     def _close_all(self) -> None:
         for connection in list(self._connections):
             connection.fail(ConnectionLost("the executor is shutting down"))
-        for listener, address in zip(self._listeners, self.addresses, strict=True):
-            listener.close()
-            if address.path is not None and os.path.exists(address.path):
-                os.unlink(address.path)
+        for door in self._doors:
+            door.listener.close()
+            path = door.address.path
+            if path is not None and os.path.exists(path):
+                os.unlink(path)
         self._selector.close()
         self._woken.close()
         self._waker.close()

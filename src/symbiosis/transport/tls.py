@@ -11,6 +11,7 @@ import selectors
 import socket
 import ssl
 from pathlib import Path
+from typing import Any
 
 from symbiosis.errors import ConnectionFailed
 
@@ -173,13 +174,12 @@ class TlsSocket:
     def peer_names(self) -> tuple[str, ...]:
         """The common name and the alternative names of the client's certificate; () if it has
         shown none."""
-        certificate = self._socket.getpeercert()
+        certificate: dict[str, Any] | None = self._socket.getpeercert()
         if not certificate:
             return ()
-        subject = certificate.get("subject", ())
-        parts = [pair for part in subject for pair in part]  # type: ignore[union-attr]
-        common = [str(value) for kind, value in parts if kind == "commonName"]  # type: ignore[misc]
-        others = [str(value) for _, value in certificate.get("subjectAltName", ())]  # type: ignore[misc]
+        parts = [pair for part in certificate.get("subject", ()) for pair in part]
+        common = [str(value) for kind, value in parts if kind == "commonName"]
+        others = [str(value) for _, value in certificate.get("subjectAltName", ())]
         return tuple(dict.fromkeys([*common, *others])) or ("unnamed",)
 
     @property
