@@ -312,7 +312,7 @@ def test_a_slow_frame_does_not_hold_up_the_others(base: Base) -> None:
 def test_an_executor_that_stops_is_a_lost_connection(tmp_path: Path) -> None:
     executor = Executor.of(tiny.llama())
     (url,) = executor.listen([f"unix://{tmp_path}/base.sock"])
-    model = connect(url).model()
+    model = connect(url, retry_s=0).model()
     under_way = threading.Event()
     lost: list[BaseException] = []
 

@@ -21,6 +21,8 @@ def connect(
     weight: float = 1.0,
     deadline_ms: float | None = None,
     timeout_s: float = 10.0,
+    retry_s: float = 60.0,
+    silence_s: float | None = None,
     arena_bytes: int = 4 << 30,
     key: str | None = None,
     tls: Tls | None = None,
@@ -31,9 +33,16 @@ def connect(
     of this process. ``name`` is what ``symbiosis status`` shows. ``priority`` says whether a
     person waits for the answers (``interactive``) or a training loop does (``training``);
     ``auto`` decides for each exchange by whether gradients are recorded. Among clients of one
-    priority, this one's turn comes as if it had waited ``weight`` times as long (0.1 to 10). The executor holds none of its
-    exchanges for others beyond ``deadline_ms`` after arrival (0: never holds them).
-    ``timeout_s`` bounds connecting. ``arena_bytes`` is the address space that is shared with an
+    priority, this one's turn comes as if it had waited ``weight`` times as long (0.1 to 10). The
+    executor holds none of its exchanges for others beyond ``deadline_ms`` after arrival (0: never
+    holds them).
+    ``timeout_s`` bounds connecting.
+
+    When the connection is lost in mid-session, it is opened anew for up to ``retry_s`` and what
+    was under way is sent again: nothing is lost (0: raises ConnectionLost at once). A peer whose
+    machine has gone is noticed within a minute; ``silence_s`` also bounds how long an executor
+    that is there may say nothing in mid-exchange before the connection counts as lost (None: it
+    may compute as long as it likes). ``arena_bytes`` is the address space that is shared with an
     executor behind a UNIX socket, for large tensors; memory is taken as it is used, and 0 sends
     everything through the socket. ``key`` is an API key, for executors that ask for one; it is
     sent over tls:// or within the host only, and goes along when a session is pickled for a
@@ -50,16 +59,24 @@ def connect(
             priority=priority,
             weight=weight,
             deadline_ms=deadline_ms,
+            retry_s=retry_s,
         )
     url = str(Address.parse(base))
     opener = functools.partial(
         SocketChannel,
         url,
         timeout_s=timeout_s,
+        silence_s=silence_s,
         arena_bytes=arena_bytes,
         key=None if key is None else Secret(key),
         tls=tls,
     )
     return Session(
-        opener, url, name=name, priority=priority, weight=weight, deadline_ms=deadline_ms
+        opener,
+        url,
+        name=name,
+        priority=priority,
+        weight=weight,
+        deadline_ms=deadline_ms,
+        retry_s=retry_s,
     )

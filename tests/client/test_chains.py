@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import tiny
 from symbiosis import Executor, Session, connect
 from symbiosis.client.trace import Traced
-from symbiosis.errors import ConnectionLost
 from symbiosis.wire.exchange import Exchange, Op, Priority, Result
 
 Serve = Callable[..., tuple[Executor, str]]
@@ -255,8 +254,6 @@ def test_a_restarted_executor_answers_chains_at_once(serve: Serve) -> None:
         again = Executor.of(tiny.llama())
         again.listen([url])
         try:
-            with pytest.raises(ConnectionLost):
-                decode(model, 8)
             assert torch.equal(decode(model, 8), expected)
         finally:
             again.close()

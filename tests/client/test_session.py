@@ -156,7 +156,7 @@ def test_a_session_finds_a_restarted_executor_again(
 ) -> None:
     """Nothing of a session lives in the executor, so its successor serves as well."""
     executor, url = serve(tiny.llama())
-    session = connect(url)
+    session = connect(url, retry_s=0)
     x = torch.randn(2, 32)
     product(session, executor, x)
     executor.close()

@@ -114,7 +114,7 @@ def test_a_new_executor_gets_a_new_arena(tmp_path: Path) -> None:
     url = f"unix://{tmp_path}/base.sock"
     executor = Executor.of(tiny.llama())
     executor.listen([url])
-    session = connect(url)
+    session = connect(url, retry_s=0)
     old = [product(session, executor, x) for _ in range(3)]
     wanted = old[0].clone()
     executor.close()

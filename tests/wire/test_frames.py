@@ -8,10 +8,12 @@ import struct
 from collections.abc import Iterable
 
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from symbiosis.errors import ConnectionLost, InvalidInput, ProtocolError
+from symbiosis.errors import ConnectionLost, ExchangeFailed, InvalidInput, ProtocolError
+from symbiosis.wire.checksums import checked
 from symbiosis.wire.frames import (
     Frame,
     FrameReader,
@@ -264,3 +266,95 @@ def test_json_and_error_frames() -> None:
     assert request.json() == {"get": "stats", "why": "ü"}
     assert (error.kind, error.request) == (Kind.ERROR, 4)
     assert error.json() == {"code": "connection-lost", "message": "gone"}
+
+
+# Checksums
+
+
+def checked_wire(kind: int, request: int, meta: bytes, payload: bytes = b"") -> bytes:
+    """A frame with checksums as the protocol describes it, independently of the package."""
+    header = struct.pack("<2sBBIQQ", b"SY", 1, kind | 128, len(meta), request, len(payload))
+    of_header = xxhash.xxh3_64_intdigest(header)
+    of_meta = xxhash.xxh3_64_intdigest(meta, of_header)
+    of_payload = xxhash.xxh3_64_intdigest(payload, of_meta)
+    sums = [struct.pack("<Q", number) for number in (of_header, of_meta, of_payload)]
+    return header + sums[0] + meta + sums[1] + (payload + sums[2] if payload else b"")
+
+
+@given(frames, chunkings)
+def test_frames_with_checksums(sent: list[Sent], chunks: Iterable[int]) -> None:
+    reader = FrameReader()
+    found = feed(reader, b"".join(checked_wire(*frame) for frame in sent), chunks)
+    assert [plain(frame) for frame in found] == sent
+    assert not reader.mid_frame
+    assert reader.checked is (True if sent else None)
+
+
+@given(frames, st.integers(0, 4))
+def test_what_is_sent_with_checksums(sent: list[Sent], cut: int) -> None:
+    """However the payload is divided among buffers."""
+    for kind, request, meta, payload in sent:
+        parts = [wire(kind, request, meta, payload)[: 24 + len(meta)]]
+        parts += [payload[:cut], payload[cut:]]
+        assert b"".join(checked(parts)) == checked_wire(kind, request, meta, payload)
+
+
+@given(frames.filter(bool), chunkings, st.data())
+def test_no_damage_passes(sent: list[Sent], chunks: Iterable[int], data: st.DataObject) -> None:
+    """Bits flipped, bytes lost or repeated: what comes out is what was sent, up to where it
+    stops. (None of the frames is longer than the reader waits for.)"""
+    stream = bytearray(b"".join(checked_wire(*frame) for frame in sent))
+    at = data.draw(st.integers(0, len(stream) - 1))
+    match data.draw(st.sampled_from(["flip", "lose", "repeat", "swap"])):
+        case "flip":
+            stream[at] ^= 1 << data.draw(st.integers(0, 7))
+        case "lose":
+            del stream[at : at + data.draw(st.integers(1, 40))]
+        case "repeat":
+            stream[at:at] = stream[at : at + data.draw(st.integers(1, 40))]
+        case "swap":
+            stream[at : at + 16] = stream[at : at + 16][::-1]
+    found: list[Frame | Rejected] = []
+
+    def record(kind: Kind, meta: bytes, payload_bytes: int) -> object:
+        assert (kind, meta) in [(kind, meta) for kind, _, meta, _ in sent]
+        return None
+
+    reader = FrameReader(admit=record, checked=True)
+    try:
+        for chunk in range(0, len(stream), 7):
+            found += feed(reader, bytes(stream[chunk : chunk + 7]), itertools.repeat(7))
+    except ProtocolError:
+        pass
+    whole_frames = [plain(frame) for frame in found]
+    assert all(frame in sent for frame in whole_frames)
+
+
+def test_a_connection_has_checksums_or_has_none() -> None:
+    first, second = (Kind.HELLO, 0, b"{}", b""), (Kind.EXCHANGE, 1, b"m", b"payload")
+    for make, other in ((wire, checked_wire), (checked_wire, wire)):
+        with pytest.raises(ProtocolError, match="checksums on a connection"):
+            whole(FrameReader(), make(*first) + other(*second))
+    with pytest.raises(ProtocolError, match="checksums on a connection"):
+        whole(FrameReader(checked=True), wire(*second))
+    (error,) = whole(FrameReader(checked=True), wire(Kind.ERROR, 0, b"{}"))
+    assert isinstance(error, Frame)
+
+
+def test_a_rejected_payload_with_a_checksum_is_skipped() -> None:
+    stream = checked_wire(5, 1, b"odd", bytes(100)) + checked_wire(5, 2, b"odd")
+    rejected, empty, good = whole(
+        FrameReader(admit=refuse_odd), stream + checked_wire(5, 3, b"even", b"xy")
+    )
+    assert isinstance(rejected, Rejected)
+    assert isinstance(empty, Rejected)
+    assert plain(good) == (Kind.EXCHANGE, 3, b"even", b"xy")
+
+
+def test_no_memory_for_a_payload_is_that_frames_failure() -> None:
+    """An exabyte that nobody refuses: the frame is, and its payload skipped."""
+    reader = FrameReader(Limits(payload_bytes=1 << 62))
+    (rejected,) = whole(reader, struct.pack("<2sBBIQQ", b"SY", 1, 5, 0, 7, 1 << 60))
+    assert isinstance(rejected, Rejected)
+    assert isinstance(rejected.error, ExchangeFailed)
+    assert "out of memory" in str(rejected.error)

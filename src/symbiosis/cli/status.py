@@ -33,7 +33,7 @@ def status(
     """Show an executor's clients, exchanges per second, batch sizes, memory and queue times."""
     import symbiosis
 
-    with symbiosis.connect(base, name="status") as session:
+    with symbiosis.connect(base, name="status", retry_s=0) as session:
         if as_json:
             _print_json(session, once, interval)
         elif once:

@@ -26,6 +26,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from symbiosis.client.ahead import Ahead
+from symbiosis.client.recovery import T, recover
 from symbiosis.client.trace import plain
 from symbiosis.client.welcome import WeightInfo, unpack_files, vector_table, weight_table
 from symbiosis.errors import ConnectionLost, ModelError, ProtocolError, SymbiosisError
@@ -77,7 +78,8 @@ class Session:
 
     Safe to use from several threads: exchanges take turns. After a fork the child opens a
     connection of its own at the first exchange. A session holds no computation state in the
-    executor, so closing it loses nothing.
+    executor, so closing it loses nothing, and what was under way when the connection was lost is
+    sent again, as it was, to whoever answers at the same address with the same weights.
     """
 
     def __init__(
@@ -89,13 +91,15 @@ class Session:
         priority: PriorityName = "auto",
         weight: float = 1.0,
         deadline_ms: float | None = None,
+        retry_s: float = 0.0,
     ) -> None:
-        """``opener`` opens channels to ``url``; the first is opened here. Raises
-        ConnectionFailed, ProtocolError."""
+        """``opener`` opens channels to ``url``; the first is opened here, at once or not at all.
+        Later ones are tried for up to ``retry_s``. Raises ConnectionFailed, ProtocolError."""
         if priority not in ("auto", "interactive", "training"):
             raise ValueError(f"priority is {priority!r}; use auto, interactive or training")
         self.url = url
         self._terms = weight, deadline_ms
+        self._retry_s = retry_s
         self._opener = opener
         self._priority = priority
         self._hello: Json = {
@@ -107,7 +111,7 @@ class Session:
         self._lock = threading.RLock()
         self._channel: Channel | None = None
         self._channel_pid = 0
-        self._closed = False
+        self._closing = threading.Event()
         self._counters = _Counters()
         self._ahead = Ahead(functools.partial(_vector_id, weakref.ref(self)))
         self._fetched: dict[int, Tensor] = {}
@@ -277,8 +281,8 @@ class Session:
 
     def close(self) -> None:
         """Leave the executor; idempotent."""
+        self._closing.set()  # who waits for a lost executor waits no longer
         with self._lock:
-            self._closed = True
             self._drop_channel()
             self._ahead.clear()
             if self._remove_folder is not None:
@@ -304,11 +308,12 @@ class Session:
             priority=self._priority,
             weight=self._terms[0],
             deadline_ms=self._terms[1],
+            retry_s=self._retry_s,
         )
         return reopen, (self._opener, self.url)
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else f"{self._counters.exchanges} exchanges"
+        state = "closed" if self._closing.is_set() else f"{self._counters.exchanges} exchanges"
         return f"<Session {self.url}: {self.welcome.get('model')}, {state}>"
 
     def _send_forward(
@@ -337,13 +342,11 @@ class Session:
         exchange = Exchange(
             op, weights, biases, recipe, params, specs, tensors, self._priority_of(recording)
         )
-        channel = self._open()
         started_s = time.perf_counter()
         try:
-            result = channel.exchange(exchange)
-        except BaseException as error:
-            self._after(error)
-            raise
+            result = self._open().exchange(exchange)
+        except BaseException as error:  # noqa: BLE001 (raised again)
+            result = self._recover(error, lambda channel: channel.exchange(exchange))
         c = self._counters
         c.wait_s += time.perf_counter() - started_s
         c.exchanges += 1
@@ -369,12 +372,25 @@ class Session:
 
     def _request(self, question: Json) -> tuple[Json, Tensor]:
         with self._lock:
-            channel = self._open()
             try:
-                return channel.request(question)
-            except BaseException as error:
-                self._after(error)
+                return self._open().request(question)
+            except BaseException as error:  # noqa: BLE001 (raised again)
+                return self._recover(error, lambda channel: channel.request(question))
+
+    def _recover(self, error: BaseException, ask: Callable[[Channel], T]) -> T:
+        """The answer to ``ask`` from a new connection, if the old one was lost; else raises
+        ``error``."""
+
+        def again() -> T:
+            try:
+                return ask(self._open())
+            except BaseException as failed:
+                self._after(failed)
                 raise
+
+        self._after(error)
+        patience_s = 0.0 if self._closing.is_set() else self._retry_s
+        return recover(error, again, self.url, patience_s, self._closing.wait)
 
     def _after(self, error: BaseException) -> None:
         """After a refusal the channel is in order. After anything else (it is lost, out of step,
@@ -384,7 +400,7 @@ class Session:
             self._drop_channel()
 
     def _open(self) -> Channel:
-        if self._closed:
+        if self._closing.is_set():
             raise ConnectionLost(f"this session with {self.url} is closed; call connect() again")
         if self._channel is None or self._channel_pid != os.getpid():
             channel = self._opener({**self._hello, "pid": os.getpid()})

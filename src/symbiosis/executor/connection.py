@@ -22,6 +22,7 @@ from symbiosis.executor.tenants import Account
 from symbiosis.transport.arena import ArenaUnfit, AttachedArena, receive_with_descriptors
 from symbiosis.transport.sockets import exchange_parts
 from symbiosis.transport.tls import TlsSocket, reason_of
+from symbiosis.wire.checksums import checked
 from symbiosis.wire.exchange import Exchange, Result, pack_result
 from symbiosis.wire.frames import (
     Frame,
@@ -355,6 +356,8 @@ class Connection:
             stats.bytes_out += bytes_out
 
     def _send(self, parts: list[bytes | memoryview]) -> None:
+        if self._reader.checked:
+            parts = checked(parts)
         if isinstance(self.socket, TlsSocket):
             self._send_encrypted(self.socket, parts)
             return

@@ -29,6 +29,7 @@ from symbiosis.errors import (
 )
 from symbiosis.transport.arena import Arena, Laid
 from symbiosis.transport.tls import Secret, Tls, client_context, reason_of, secure
+from symbiosis.wire.checksums import checked
 from symbiosis.wire.exchange import Exchange, Result, pack_exchange, unpack_result
 from symbiosis.wire.frames import (
     Frame,
@@ -36,6 +37,7 @@ from symbiosis.wire.frames import (
     Json,
     Kind,
     Limits,
+    Rejected,
     json_frame,
     pack_header,
 )
@@ -49,6 +51,17 @@ _BUFFER_BYTES = 4 << 20
 _CLIENT_LIMITS = Limits(meta_bytes=256 << 20, payload_bytes=1 << 40)
 _PADDING = bytes(ALIGNMENT)
 _JOINED_BYTES = 1 << 16
+_GONE_AFTER_S = 60
+_LIVENESS = [
+    (getattr(socket, name), value)
+    for name, value in (
+        ("TCP_KEEPIDLE", _GONE_AFTER_S // 4),  # a peer that is waited for
+        ("TCP_KEEPINTVL", _GONE_AFTER_S // 4),
+        ("TCP_KEEPCNT", 3),
+        ("TCP_USER_TIMEOUT", 1000 * _GONE_AFTER_S),  # one that is sent to
+    )
+    if hasattr(socket, name)
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +141,12 @@ def _listen_unix(path: str) -> socket.socket:
 
 
 def tune(connection: socket.socket) -> None:
-    """No Nagle delay, large buffers."""
+    """No Nagle delay, large buffers; a peer whose machine has gone is noticed within a minute."""
     if connection.family != socket.AF_UNIX:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _LIVENESS:
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
     else:  # TCP sizes its own buffers
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             with contextlib.suppress(OSError):
@@ -191,11 +207,13 @@ class SocketChannel:
         hello: Json,
         *,
         timeout_s: float = 10.0,
+        silence_s: float | None = None,
         arena_bytes: int = 0,
         key: Secret | None = None,
         tls: Tls | None = None,
     ) -> None:
-        """Connect and shake hands within ``timeout_s``; later waits are not limited.
+        """Connect and shake hands within ``timeout_s``; later, an executor that moves no byte for
+        ``silence_s`` in mid-exchange counts as lost, if that is given.
 
         ``arena_bytes`` is the address space of the memory that is shared with an executor behind
         a UNIX socket, 0 for none; without it everything goes through the socket. ``key`` goes
@@ -208,7 +226,8 @@ class SocketChannel:
         address = Address.parse(url)
         _check_trust(address, key, tls)
         self._socket = self._dial(address, timeout_s, tls or Tls())
-        self._reader = FrameReader(_CLIENT_LIMITS, self._awaited.admit)
+        self._checked = address.path is None and not address.is_tls  # which checks by itself
+        self._reader = FrameReader(_CLIENT_LIMITS, self._awaited.admit, checked=self._checked)
         self._arena = self._make_arena(arena_bytes)
         try:
             self._greet(hello if key is None else {**hello, "key": key.value})
@@ -226,7 +245,7 @@ class SocketChannel:
             if self.welcome.get("arena") is not True:
                 logger.warning("%s takes no arena: %s", url, self.welcome.get("arena"))
                 self._arena = None
-        self._socket.settimeout(None)
+        self._socket.settimeout(silence_s)
 
     def exchange(self, exchange: Exchange) -> Result:
         self._request += 1
@@ -301,8 +320,12 @@ class SocketChannel:
         try:
             if address.path is not None:
                 connection = socket.socket(socket.AF_UNIX)
-                connection.settimeout(timeout_s)
-                connection.connect(address.path)
+                try:
+                    connection.settimeout(timeout_s)
+                    connection.connect(address.path)
+                except OSError:
+                    connection.close()
+                    raise
             else:
                 connection = socket.create_connection((address.host, address.port), timeout_s)
         except OSError as error:
@@ -316,6 +339,8 @@ class SocketChannel:
         return connection
 
     def _send(self, parts: list[bytes | memoryview]) -> None:
+        if self._checked:
+            parts = checked(parts)
         try:
             if isinstance(self._socket, ssl.SSLSocket):  # has no sendmsg
                 self._send_encrypted(self._socket, parts)
@@ -364,7 +389,9 @@ class SocketChannel:
             if not received:
                 raise self._lost(None)
             self._reader.received(received)
-        assert isinstance(frame, Frame)  # our own admit rejects nothing; it only raises
+        if isinstance(frame, Rejected):  # there is no memory for the answer
+            self.close()
+            raise frame.error
         return frame
 
     def _lost(self, error: OSError | None) -> SymbiosisError:

@@ -1,5 +1,8 @@
 """Frames: a fixed 24-byte header, a small meta section, a raw payload. See ``docs/protocol.md``.
 
+Over a network each of the three may be followed by its checksum (`wire.checksums`): the kind's
+highest bit says so.
+
 `FrameReader` is the receiving half as a state machine without a socket: it says where the next
 bytes belong and turns them into frames. Knows lengths and limits; knows nothing of what the
 meta section means.
@@ -15,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from symbiosis.errors import ProtocolError, SymbiosisError
+from symbiosis.errors import ExchangeFailed, ProtocolError, SymbiosisError
+from symbiosis.wire.checksums import CHECKED, CHECKSUM, checksum
 from symbiosis.wire.tensors import as_bytes, empty_payload
 
 MAGIC = b"SY"
@@ -117,7 +121,11 @@ class FrameReader:
 
     _SCRATCH_BYTES = 1 << 16
 
-    def __init__(self, limits: Limits = Limits(), admit: Admit = _admit_all) -> None:
+    def __init__(
+        self, limits: Limits = Limits(), admit: Admit = _admit_all, *, checked: bool | None = None
+    ) -> None:
+        """``checked``: whether frames must have checksums; None: all as the first one does."""
+        self.checked = checked
         self._limits = limits
         self._admit = admit
         self._view = memoryview(bytearray(self._SCRATCH_BYTES))
@@ -129,6 +137,8 @@ class FrameReader:
         self._payload_view = memoryview(b"")
         self._filled = 0
         self._skip = 0  # bytes of a rejected payload still to be dropped
+        self._seed: int | None = None  # of the coming payload's checksum, if it has one
+        self._unverified: torch.Tensor | None = None  # a whole payload whose checksum is coming
 
     @property
     def mid_frame(self) -> bool:
@@ -165,7 +175,9 @@ class FrameReader:
         """The next complete frame, or None until more has been received."""
         if self._payload is not None:
             whole = self._filled == len(self._payload_view)
-            return self._finish(self._payload) if whole else None
+            return self._verify(self._payload) if whole else None
+        if self._unverified is not None:
+            return self._verify(self._unverified)
         if self._skip:
             dropped = min(self._skip, self._end - self._begin)
             self._begin += dropped
@@ -178,6 +190,14 @@ class FrameReader:
         magic, version, kind, meta_bytes, request, payload_bytes = HEADER.unpack_from(
             self._view, self._begin
         )
+        seed = None
+        if kind & CHECKED or self.checked is not False:  # a network, or a first frame
+            if available < HEADER.size + self._checksum_bytes(kind):
+                return None
+            if kind & CHECKED:
+                header = self._view[self._begin : self._begin + HEADER.size]
+                seed = self._check("header", header, self._begin + HEADER.size, 0)
+                kind &= ~CHECKED
         known = _KINDS.get(kind)
         limits = self._limits
         if (
@@ -188,30 +208,67 @@ class FrameReader:
             or payload_bytes > limits.payload_bytes
         ):
             raise _malformed(magic, version, kind, meta_bytes, payload_bytes, limits)
-        if available < HEADER.size + meta_bytes:
+        sum_bytes = 0 if seed is None else CHECKSUM.size
+        if available < HEADER.size + meta_bytes + 2 * sum_bytes:
             return None
-        start = self._begin + HEADER.size
-        meta = bytes(self._view[start : start + meta_bytes])
-        self._begin = start + meta_bytes
+        start = self._begin + HEADER.size + sum_bytes
+        end = start + meta_bytes
+        meta = bytes(self._view[start:end])
+        if seed is not None:
+            seed = self._check("meta section", meta, end, seed)
+        self._begin = end + sum_bytes
+        self._seed = seed if payload_bytes else None
         try:
             admitted = self._admit(known, meta, payload_bytes)
+            payload = _allocated(payload_bytes)
         except ProtocolError:
             raise
         except SymbiosisError as error:
-            self._skip = payload_bytes
+            self._skip = payload_bytes + (sum_bytes if payload_bytes else 0)
             return Rejected(request, error)
         self._head = (known, request, meta, admitted)
-        return self._start_payload(payload_bytes)
+        return self._start_payload(payload, payload_bytes)
 
-    def _start_payload(self, payload_bytes: int) -> Frame | None:
-        payload = empty_payload(payload_bytes)
+    def _checksum_bytes(self, kind: int) -> int:
+        """Of each of the frame's checksums, 0 if it has none; raises ProtocolError where it should
+        be otherwise. (An executor may have to refuse a client before it knows of any.)"""
+        has = bool(kind & CHECKED)
+        if self.checked is None:
+            self.checked = has
+        if has != self.checked and kind != Kind.ERROR:
+            raise ProtocolError(
+                f"a frame with{'' if has else 'out'} checksums on a connection with"
+                f"{'' if self.checked else 'out'}"
+            )
+        return CHECKSUM.size if has else 0
+
+    def _check(self, section: str, data: memoryview | bytes, at: int, seed: int) -> int:
+        """The checksum of ``data``, which is the one at ``at``; else raises ProtocolError."""
+        found = checksum(data, seed)
+        if found != CHECKSUM.unpack_from(self._view, at)[0]:
+            raise ProtocolError(f"a frame's {section} was damaged on the way: wrong checksum")
+        return found
+
+    def _verify(self, payload: torch.Tensor) -> Frame | None:
+        """The frame whose payload is whole, if its checksum is there too."""
+        if self._seed is None:
+            return self._finish(payload)
+        self._payload, self._unverified = None, payload
+        if self._end - self._begin < CHECKSUM.size:
+            return None
+        self._check("payload", as_bytes(payload), self._begin, self._seed)
+        self._begin += CHECKSUM.size
+        self._unverified = None
+        return self._finish(payload)
+
+    def _start_payload(self, payload: torch.Tensor, payload_bytes: int) -> Frame | None:
         here = min(payload_bytes, self._end - self._begin)
         view = as_bytes(payload)
         if here:
             view[:here] = self._view[self._begin : self._begin + here]
             self._begin += here
         if here == payload_bytes:
-            return self._finish(payload)
+            return self._verify(payload)
         self._payload, self._payload_view, self._filled = payload, view, here
         return None
 
@@ -220,6 +277,16 @@ class FrameReader:
         kind, request, meta, admitted = self._head
         self._head, self._payload, self._payload_view = None, None, memoryview(b"")
         return Frame(kind, request, meta, payload, admitted)
+
+
+def _allocated(num_bytes: int) -> torch.Tensor:
+    """Memory for a payload; raises ExchangeFailed where there is none."""
+    try:
+        return empty_payload(num_bytes)
+    except (RuntimeError, MemoryError):
+        raise ExchangeFailed(
+            f"out of memory: no {num_bytes} bytes for a payload; send fewer rows at a time"
+        ) from None
 
 
 def _malformed(
