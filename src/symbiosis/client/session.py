@@ -29,7 +29,13 @@ from symbiosis.client.ahead import Ahead
 from symbiosis.client.recovery import T, recover
 from symbiosis.client.trace import plain
 from symbiosis.client.welcome import WeightInfo, unpack_files, vector_table, weight_table
-from symbiosis.errors import ConnectionLost, ModelError, ProtocolError, SymbiosisError
+from symbiosis.errors import (
+    AuthenticationFailed,
+    ConnectionLost,
+    ModelError,
+    ProtocolError,
+    SymbiosisError,
+)
 from symbiosis.transport.channel import Channel
 from symbiosis.wire.exchange import NO_BIAS, Exchange, Op, Priority
 from symbiosis.wire.frames import VERSION, Json
@@ -396,7 +402,8 @@ class Session:
         """After a refusal the channel is in order. After anything else (it is lost, out of step,
         or we were interrupted while an answer was under way) the next use opens a new one."""
         refused = isinstance(error, SymbiosisError)
-        if not refused or isinstance(error, (ConnectionLost, ProtocolError)):
+        ended = (ConnectionLost, ProtocolError, AuthenticationFailed)  # the last: a revoked key
+        if not refused or isinstance(error, ended):
             self._drop_channel()
 
     def _open(self) -> Channel:

@@ -109,10 +109,14 @@ def create(path: Path, tenant: str, expires: datetime | None = None) -> tuple[st
 
     Makes the file if there is none. Raises KeyStoreError.
     """
+    try:
+        _name(tenant)
+    except ValueError as error:
+        raise KeyStoreError(str(error)) from None
     secret = _PREFIX + secrets.token_urlsafe(32)
     digest = hashlib.sha256(secret.encode()).hexdigest()
     now = datetime.now(UTC).replace(microsecond=0)
-    key = Key(secrets.token_hex(4), _name(tenant), digest, now, expires)
+    key = Key(secrets.token_hex(4), tenant, digest, now, expires)
     with _changing(path) as store:
         tenants = (
             {**store.tenants}
@@ -204,7 +208,7 @@ def _store(value: object) -> Store:
 
 def _name(name: str) -> str:
     if not 1 <= len(name) <= 64 or not name.isprintable():
-        raise KeyStoreError(f"{name!r} is no name for a tenant: 1 to 64 printable characters")
+        raise ValueError(f"{name!r} is no name for a tenant: 1 to 64 printable characters")
     return name
 
 

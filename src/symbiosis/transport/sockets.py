@@ -313,7 +313,8 @@ class SocketChannel:
             sent = socket.send_fds(self._socket, [greeting], [self._arena.descriptor])
         except OSError as error:
             raise self._lost(error) from None
-        self._send([memoryview(greeting)[sent:]])
+        if sent < len(greeting):  # nothing more to say to who may have hung up, with a reason
+            self._send([memoryview(greeting)[sent:]])
 
     def _dial(self, address: Address, timeout_s: float, tls: Tls) -> socket.socket:
         context = client_context(tls) if address.is_tls else None  # its files come first
