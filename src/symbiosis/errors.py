@@ -4,6 +4,7 @@
 
     SymbiosisError
     ├── ProtocolError           the bytes on the wire make no sense; the connection is closed
+    │   └── DamagedFrame        they are not those that were sent: a checksum is wrong
     ├── ConnectionFailed        no executor answers at that address
     ├── AuthenticationFailed    no key, a wrong one, or one that is no longer valid: never which
     ├── QuotaExceeded           the tenant has used up what it may
@@ -38,6 +39,12 @@ class ProtocolError(SymbiosisError):
     """A malformed, oversized or unexpected frame."""
 
     code = "protocol"
+
+
+class DamagedFrame(ProtocolError):
+    """Bytes that changed on their way; sent again over a new connection they may arrive."""
+
+    code = "damaged"
 
 
 class ConnectionFailed(SymbiosisError):

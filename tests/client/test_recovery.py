@@ -16,6 +16,7 @@ from symbiosis import Executor, Session, connect
 from symbiosis.errors import (
     ConnectionFailed,
     ConnectionLost,
+    DamagedFrame,
     InvalidInput,
     ModelError,
     ProtocolError,
@@ -87,6 +88,11 @@ def test_a_mistake_is_not_repeated_for_long() -> None:
     session = scripted(*([ProtocolError("bug")] for _ in range(3)), ["never asked for"])
     with pytest.raises(ProtocolError, match="bug"):
         ask(session)
+
+
+def test_damage_is_not_a_mistake() -> None:
+    session = scripted(*([DamagedFrame("bits")] for _ in range(6)), ["fine"])
+    ask(session)
 
 
 def test_patience_ends() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import functools
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -95,6 +97,14 @@ def serve(
         ),
     ] = Fetch.allow,
     threads: console.Threads = None,
+    supervise: Annotated[
+        bool,
+        typer.Option(
+            "--supervise",
+            help="Start the executor again when it crashes; clients carry on. On the CPU a parent "
+            "process keeps the weights, and a new executor is there within milliseconds.",
+        ),
+    ] = False,
     allow_remote: Annotated[
         bool,
         typer.Option(
@@ -121,7 +131,8 @@ def serve(
     _check_addresses(urls, allow_remote)
     _check_device(device)
     typer.echo(f"symbiosis {__version__}: loading {model}")
-    executor = Executor.load(
+    load = functools.partial(
+        Executor.load,
         _name_of(model),
         dtype=_torch_dtype(dtype),
         device=device,
@@ -130,11 +141,50 @@ def serve(
         training_share=training_share,
         fetch=fetch.value,
     )
-    with executor:
+    terms = f"{policy}, training share {training_share:g}, fetch {fetch}"
+    if supervise:
+        raise typer.Exit(_supervise(load, urls, device, terms))
+    with load() as executor:
         taken = executor.listen(urls)
-        _announce(executor, taken, f"{policy}, training share {training_share:g}, fetch {fetch}")
+        _announce(executor, taken, terms)
         executor.wait()
-    raise SymbiosisError("the executor stopped by itself; its log above says why")
+    raise SymbiosisError(_STOPPED)
+
+
+_STOPPED = "the executor stopped by itself; its log above says why"
+
+
+def _supervise(load: Callable[[], Executor], urls: list[str], device: str, terms: str) -> int:
+    """Load (on the CPU) and listen here, and serve in children; the exit code."""
+    import torch
+
+    from symbiosis.cli.supervisor import Supervisor
+    from symbiosis.transport.sockets import Address, listen
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # see `supervisor`
+    loaded = None if device.startswith("cuda") else load()  # CUDA does not survive a fork
+    listeners = [listen(Address.parse(url)) for url in urls]
+    for listener, _ in listeners:
+        listener.setblocking(False)
+
+    def work(ready: Callable[[], None], again: bool) -> None:
+        torch.set_num_threads(threads)
+        with loaded or load() as executor:
+            taken = executor.listen(urls, listeners)
+            ready()
+            if not again:
+                _announce(executor, taken, terms)
+            executor.wait()
+        raise SymbiosisError(_STOPPED)
+
+    try:
+        return Supervisor(work).run()
+    finally:
+        for listener, address in listeners:
+            listener.close()
+            if address.path is not None:
+                os.unlink(address.path)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from symbiosis.errors import ConnectionFailed, ConnectionLost, ProtocolError
+from symbiosis.errors import ConnectionFailed, ConnectionLost, DamagedFrame, ProtocolError
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,8 @@ T = TypeVar("T")
 _FIRST_DELAY_S = 0.05
 _LONGEST_DELAY_S = 2.0
 _MOST_PROTOCOL_ERRORS = 3
-"""In a row: damage on the way passes, a mistake in one of the programs comes every time."""
+"""In a row, apart from damaged frames: a repeated or torn stream passes, a mistake in one of the
+programs comes every time."""
 
 _chance = random.SystemRandom()
 """Not the generator that jobs seed: a lost connection must not change what is drawn next."""
@@ -44,7 +45,8 @@ def recover(
     logger.warning("%s; trying again for up to %g s", lost, patience_s)
     began_s, broken = time.monotonic(), 0
     for tries, delay_s in enumerate(_delays_s(), 1):
-        broken = broken + 1 if isinstance(lost, ProtocolError) else 0
+        mistaken = isinstance(lost, ProtocolError) and not isinstance(lost, DamagedFrame)
+        broken = broken + 1 if mistaken else 0
         left_s = began_s + patience_s - time.monotonic()
         if broken >= _MOST_PROTOCOL_ERRORS or left_s <= 0 or wait(min(delay_s, left_s)):
             break

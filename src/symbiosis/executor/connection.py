@@ -11,6 +11,7 @@ import logging
 import os
 import selectors
 import socket
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
@@ -185,6 +186,16 @@ class Connection:
         if self._held_back:
             self._server.resume(self)
         self._update_events()
+
+    def flush_until(self, until_s: float) -> None:
+        """Give the client time to take its answers, before `fail`."""
+        try:
+            while self._outbox and (left_s := until_s - time.monotonic()) > 0:
+                self.socket.settimeout(left_s)
+                self.socket.sendall(self._outbox.popleft())
+            self.socket.settimeout(0)
+        except OSError:  # it has gone, or is too slow
+            self.close()
 
     def fail(self, error: SymbiosisError) -> None:
         """Tell the client why, as far as that is possible at once, and close."""

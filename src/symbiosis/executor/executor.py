@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -96,22 +97,31 @@ class Executor:
         return cls(Weights(model, name))
 
     def listen(
-        self, urls: Sequence[str], *, tls: ServerTls | None = None, allow_remote: bool = False
+        self,
+        urls: Sequence[str],
+        inherited: Sequence[tuple[socket.socket, Address]] = (),
+        *,
+        tls: ServerTls | None = None,
+        allow_remote: bool = False,
     ) -> list[str]:
         """Serve ``urls`` from a thread of this process; the URLs with the ports really taken.
 
-        ``tls`` is the certificate for tls:// addresses. ``allow_remote`` takes away the check
-        that what other machines can reach is encrypted and asks who they are. Raises
+        ``inherited`` are listening sockets of a parent process, used in place of ``urls`` and left
+        to it. ``tls`` is the certificate for tls:// addresses. ``allow_remote`` takes away the
+        check that what other machines can reach is encrypted and asks who they are. Raises
         ConnectionFailed if an address cannot be listened on.
         """
         if self._server is not None:
             raise SymbiosisError("this executor listens already")
         addresses = [Address.parse(url) for url in urls]
+        addresses = [address for _, address in inherited] or addresses
         authenticated = tls is not None and tls.client_ca is not None
         check_reach(addresses, self._guard is not None or authenticated, allow_remote)
         if self._guard is None and authenticated:
             self._guard = Guard(None, clock=self._engine.clock)
-        server = Server(self, self._engine, addresses, self._limits, tls=tls, guard=self._guard)
+        server = Server(
+            self, self._engine, addresses, self._limits, inherited, tls=tls, guard=self._guard
+        )
         self._server = server
         self._ended.clear()
         threading.Thread(target=self._run, name="symbiosis-executor", daemon=True).start()

@@ -14,7 +14,9 @@ import selectors
 import socket
 import ssl
 import threading
+import time
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,9 @@ from symbiosis.wire.places import Places
 
 logger = logging.getLogger(__name__)
 
+_TAKE_ANSWERS_S = 5.0
+"""That all clients together have at the end to take answers that wait for them."""
+
 
 class _Door(NamedTuple):
     """One address that is listened on, and who answers there."""
@@ -40,6 +45,8 @@ class _Door(NamedTuple):
     address: Address
     desk: Desk
     context: ssl.SSLContext | None
+    is_owned: bool
+    """Whether it is ours to remove."""
 
 
 class Server:
@@ -51,11 +58,13 @@ class Server:
         engine: Engine,
         addresses: list[Address],
         limits: Limits,
+        inherited: Sequence[tuple[socket.socket, Address]] = (),
         *,
         tls: ServerTls | None = None,
         guard: Guard | None = None,
     ) -> None:
-        """Starts listening; raises ConnectionFailed. ``tls`` is for the tls:// addresses."""
+        """Starts listening, or goes on with sockets that were ``inherited``, and whose owner will
+        remove what they leave; raises ConnectionFailed. ``tls`` is for the tls:// addresses."""
         self.engine = engine
         self.limits = limits
         self._selector = selectors.DefaultSelector()
@@ -73,22 +82,33 @@ class Server:
         self._stopping = False
         self._thread = threading.get_ident()
         try:
-            for address in addresses:
-                self.addresses.append(self._open(address, desk, tls))
+            for listener, address in inherited:
+                context = _context(address, tls)
+                self._take(listener, address, desk, context, is_owned=False)
+            for address in () if inherited else addresses:
+                self._open(address, desk, tls)
         except BaseException:
             self._close_all()
             raise
 
-    def _open(self, address: Address, desk: Desk, tls: ServerTls | None) -> Address:
-        if address.is_tls and tls is None:
-            raise ConnectionFailed(f"{address} needs a certificate: give --tls-cert and --tls-key")
-        context = tls.context() if address.is_tls and tls is not None else None
-        listener, taken = listen(address)
+    def _open(self, address: Address, desk: Desk, tls: ServerTls | None) -> None:
+        context = _context(address, tls)  # its files come first
+        self._take(*listen(address), desk, context, is_owned=True)
+
+    def _take(
+        self,
+        listener: socket.socket,
+        address: Address,
+        desk: Desk,
+        context: ssl.SSLContext | None,
+        *,
+        is_owned: bool,
+    ) -> None:
         listener.setblocking(False)
-        door = _Door(listener, taken, desk, context)
+        door = _Door(listener, address, desk, context, is_owned)
         self._doors.append(door)
         self._selector.register(listener, selectors.EVENT_READ, door)
-        return taken
+        self.addresses.append(address)
 
     def run(self) -> None:
         """Serve until `stop`; then answer what is queued and close."""
@@ -99,8 +119,9 @@ class Server:
                 self._poll(self._wait_s())
                 while self.engine.run_once() and self.engine.waiting:
                     self._poll(0)
-            while self.engine.run_once():
-                pass
+            while self.engine.waiting:  # what is held for others is not held now
+                if not self.engine.run_once():
+                    time.sleep(self.engine.wait_s() or 0)
         finally:
             self._close_all()
 
@@ -221,13 +242,23 @@ class Server:
         return Connection(self, accepted, transport, door.desk)
 
     def _close_all(self) -> None:
+        until_s = time.monotonic() + _TAKE_ANSWERS_S
         for connection in list(self._connections):
+            connection.flush_until(until_s)
             connection.fail(ConnectionLost("the executor is shutting down"))
         for door in self._doors:
             door.listener.close()
-            path = door.address.path
-            if path is not None and os.path.exists(path):
-                os.unlink(path)
+            if door.is_owned and door.address.path is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(door.address.path)
         self._selector.close()
         self._woken.close()
         self._waker.close()
+
+
+def _context(address: Address, tls: ServerTls | None) -> ssl.SSLContext | None:
+    if not address.is_tls:
+        return None
+    if tls is None:
+        raise ConnectionFailed(f"{address} needs a certificate: give --tls-cert and --tls-key")
+    return tls.context()

@@ -148,6 +148,14 @@ class TlsSocket:
     def close(self) -> None:
         self._socket.close()
 
+    def settimeout(self, timeout_s: float) -> None:
+        """As of a plain socket; 0: never blocks."""
+        self._socket.settimeout(timeout_s)
+
+    def sendall(self, data: memoryview) -> None:
+        """Blocks for as long as `settimeout` said."""
+        self._socket.sendall(data)
+
     def shake_hands(self) -> bool:
         """Go on with the handshake; True when it is done. Raises OSError when it has failed."""
         try:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from symbiosis.errors import ExchangeFailed, ProtocolError, SymbiosisError
+from symbiosis.errors import DamagedFrame, ExchangeFailed, ProtocolError, SymbiosisError
 from symbiosis.wire.checksums import CHECKED, CHECKSUM, checksum
 from symbiosis.wire.tensors import as_bytes, empty_payload
 
@@ -243,10 +243,10 @@ class FrameReader:
         return CHECKSUM.size if has else 0
 
     def _check(self, section: str, data: memoryview | bytes, at: int, seed: int) -> int:
-        """The checksum of ``data``, which is the one at ``at``; else raises ProtocolError."""
+        """The checksum of ``data``, which is the one at ``at``; else raises DamagedFrame."""
         found = checksum(data, seed)
         if found != CHECKSUM.unpack_from(self._view, at)[0]:
-            raise ProtocolError(f"a frame's {section} was damaged on the way: wrong checksum")
+            raise DamagedFrame(f"a frame's {section} was damaged on the way: wrong checksum")
         return found
 
     def _verify(self, payload: torch.Tensor) -> Frame | None:
