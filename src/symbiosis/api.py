@@ -6,6 +6,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from symbiosis.client.session import PriorityName, Session
+from symbiosis.client.verifying import Trust
 from symbiosis.transport.sockets import Address, SocketChannel
 from symbiosis.transport.tls import Secret, Tls
 
@@ -26,6 +27,9 @@ def connect(
     arena_bytes: int = 4 << 30,
     key: str | None = None,
     tls: Tls | None = None,
+    expect_digest: str | None = None,
+    verify: float = 0.0,
+    weights: str | None = None,
 ) -> Session:
     """Open a session with the executor at ``base``.
 
@@ -49,8 +53,17 @@ def connect(
     worker process. ``tls`` says what to trust and show at a tls:// address; by default the
     system's authorities are trusted. The hostname is always verified.
 
-    Raises ConnectionFailed, AuthenticationFailed, QuotaExceeded, ProtocolError.
+    ``expect_digest`` pins the model: what ``symbiosis digest FOLDER`` prints. An executor that
+    claims another is left before anything is sent, and every file, small parameter and fetched
+    weight that arrives is compared. ``verify`` is the share of the exchanges (0.05: one in
+    twenty) whose products are checked by random projections; a wrong one raises IntegrityError
+    and ends the session. By itself that finds an executor that computes wrongly or changes its
+    weights; with ``weights``, a folder with the model that you trust, also one that computes
+    with others from the start. See decision 15 for what each finds.
+
+    Raises ConnectionFailed, AuthenticationFailed, QuotaExceeded, ProtocolError, ModelError.
     """
+    trust = Trust.of(expect_digest, verify, weights)
     if not isinstance(base, str):
         return Session(
             base.open_channel,
@@ -60,6 +73,7 @@ def connect(
             weight=weight,
             deadline_ms=deadline_ms,
             retry_s=retry_s,
+            trust=trust,
         )
     url = str(Address.parse(base))
     opener = functools.partial(
@@ -79,4 +93,5 @@ def connect(
         weight=weight,
         deadline_ms=deadline_ms,
         retry_s=retry_s,
+        trust=trust,
     )

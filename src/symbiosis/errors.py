@@ -14,11 +14,13 @@
     │   ├── UnknownOperation    not on the executor's closed list
     │   ├── InvalidInput        shape, dtype or value does not fit the weight
     │   └── ExchangeFailed      the computation itself failed (out of memory, for example)
+    ├── IntegrityError          an answer is not the product that was asked for
     ├── RequestRefused          this tenant may not ask that
     │   └── FetchRefused        this executor does not hand out its weights
     ├── KeyStoreError           the file of keys and tenants is malformed, or others can read it
     ├── UnsupportedOperation    no meaning is defined for this use of a remote weight
     ├── ModelError              a model folder cannot be hosted, or is not the one hosted here
+    ├── WriteFailed             a file could not be written, because the disk is full for example
     ├── DataError               a line of a data set is malformed
     └── MethodError             an unknown PEFT method or option
 
@@ -101,6 +103,12 @@ class ExchangeFailed(ExchangeRefused):
     code = "exchange-failed"
 
 
+class IntegrityError(SymbiosisError):
+    """An answer is not the product with the weight that it should be; the session has ended."""
+
+    code = "integrity"
+
+
 class RequestRefused(SymbiosisError):
     """A question outside the data path that this tenant may not ask."""
 
@@ -129,6 +137,12 @@ class ModelError(SymbiosisError):
     """A model cannot be loaded, or is not the one that the executor hosts."""
 
     code = "model"
+
+
+class WriteFailed(SymbiosisError):
+    """A file of a job could not be written; the message names it."""
+
+    code = "write-failed"
 
 
 class DataError(SymbiosisError):

@@ -163,3 +163,15 @@ def test_a_quantised_base(model_folder: Path, tmp_path: Path, call: Call) -> Non
     ended = finish(server.process)
     assert ended.code == 0
     assert "torchao" not in ended.err + answer.err
+
+
+def test_a_pinned_model(served: Served, model_folder: Path) -> None:
+    """What `digest` prints opens the door; anything else does not."""
+    printed = run("digest", model_folder)
+    assert re.fullmatch(r"[0-9a-f]{64}\n", printed.out), printed
+    asked = ("generate", "--base", served.unix, "--prompt", "the", "--max-new-tokens", 2)
+    assert run(*asked, "--expect-digest", printed.out.strip()).code == 0
+    refused = run(*asked, "--expect-digest", "0" * 64)
+    assert refused.code == 1
+    assert printed.out.strip() in refused.err
+    assert "Nothing was sent" in refused.err

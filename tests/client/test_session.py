@@ -234,6 +234,7 @@ class Scripted:
         self.welcome: Json = welcome or {
             "weights": [{"id": 1, "names": ["w"], "shape": [2, 2]}],
             "model": "scripted",
+            "digest": "0" * 64,
         }
         self.script = list(script)
         self.seen: list[Exchange] = []
@@ -294,7 +295,7 @@ def test_a_malformed_list_of_files(files: object) -> None:
 @pytest.mark.parametrize("weights", [None, 5, [1], [{"id": "x"}], [{"id": 1, "names": ["w"]}]])
 def test_a_malformed_welcome(weights: object) -> None:
     with pytest.raises(ProtocolError, match="table of weights"):
-        Session(lambda hello: Scripted([], {"weights": weights}), "scripted")
+        Session(lambda hello: Scripted([], {"weights": weights, "digest": "0"}), "scripted")
 
 
 def test_files_that_did_not_come_are_asked_for_again() -> None:

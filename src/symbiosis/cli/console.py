@@ -26,6 +26,14 @@ Base = Annotated[
 Name = Annotated[
     str | None, typer.Option("--name", help="What `symbiosis status` calls this client.")
 ]
+ExpectDigest = Annotated[
+    str | None,
+    typer.Option(
+        "--expect-digest",
+        metavar="DIGEST",
+        help="Refuse an executor that hosts other numbers than `symbiosis digest` printed.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

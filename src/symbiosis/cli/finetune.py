@@ -101,6 +101,7 @@ def finetune(
     expect_model: Annotated[
         str | None, typer.Option(help="Refuse if the executor hosts another model.")
     ] = None,
+    expect_digest: console.ExpectDigest = None,
     name: console.Name = None,
     device: console.Device = FinetuneSpec.device,
     threads: console.Threads = None,

@@ -49,6 +49,7 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Wrap prompts in the tokenizer's chat template.")
     ] = False,
+    expect_digest: console.ExpectDigest = None,
     name: console.Name = None,
     device: console.Device = "cpu",
     threads: console.Threads = None,
@@ -73,6 +74,7 @@ def generate(
                 **chosen,
                 "seed": seed,
                 "chat": chat,
+                "expect_digest": expect_digest,
                 "name": name,
                 "device": device,
             }

@@ -9,6 +9,7 @@ import typer
 
 from symbiosis import __version__
 from symbiosis.cli import admin, console, keys
+from symbiosis.cli.digest import digest
 from symbiosis.cli.finetune import finetune
 from symbiosis.cli.generate import generate
 from symbiosis.cli.serve import serve
@@ -74,6 +75,10 @@ GENERATE_EXAMPLES = console.examples(
     "cat question.txt | symbiosis generate --base ... --adapter ./a --prompt - --chat",
     "symbiosis generate --base ... --prompt Hello --temperature 0.7 --top-p 0.9 --seed 1",
 )
+DIGEST_EXAMPLES = console.examples(
+    "symbiosis digest ./my-llama",
+    "symbiosis digest ./my-llama --dtype bfloat16 --quantize int8",
+)
 STATUS_EXAMPLES = console.examples(
     "symbiosis status --base unix:///tmp/base.sock",
     "symbiosis status --base unix:///tmp/base.sock --once --json",
@@ -89,6 +94,7 @@ app.command(epilog=GENERATE_EXAMPLES, no_args_is_help=True, help=console.help_of
 app.command(epilog=STATUS_EXAMPLES)(status)
 app.add_typer(keys.app, name="keys")
 app.add_typer(admin.app, name="admin")
+app.command(epilog=DIGEST_EXAMPLES, no_args_is_help=True, help=console.help_of(digest))(digest)
 
 
 def main() -> None:

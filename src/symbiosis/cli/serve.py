@@ -160,10 +160,10 @@ def serve(
     typer.echo(f"symbiosis {__version__}: loading {model}")
     load = functools.partial(
         Executor.load,
-        _name_of(model),
-        dtype=_torch_dtype(dtype),
+        name_of(model),
+        dtype=torch_dtype(dtype),
         device=device,
-        quantize=_scheme(quantize),
+        quantize=scheme_of(quantize),
         policy=policy.value,
         training_share=training_share,
         fetch=fetch.value,
@@ -192,6 +192,8 @@ def _supervise(load: Callable[[], Executor], doors: Doors, device: str, terms: s
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see `supervisor`
     loaded = None if device.startswith("cuda") else load()  # CUDA does not survive a fork
+    if loaded is not None:
+        loaded.digest.wait()  # once, and by threads that a fork would lose
     listeners = [listen(Address.parse(url)) for url in doors.urls]
     for listener, _ in listeners:
         listener.setblocking(False)
@@ -233,12 +235,12 @@ def _check_device(device: str) -> None:
         raise SymbiosisError(f"--device {device!r} is none; use cpu or cuda") from None
 
 
-def _name_of(model: str) -> str:
+def name_of(model: str) -> str:
     """A folder by its absolute path: clients write it into their adapters."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
-def _scheme(quantize: Quantize) -> Scheme | None:
+def scheme_of(quantize: Quantize) -> Scheme | None:
     match quantize:
         case Quantize.int8:
             return "int8"
@@ -247,7 +249,7 @@ def _scheme(quantize: Quantize) -> Scheme | None:
     return None
 
 
-def _torch_dtype(dtype: Dtype) -> torch.dtype | None:
+def torch_dtype(dtype: Dtype) -> torch.dtype | None:
     import torch
 
     found = None if dtype is Dtype.auto else getattr(torch, dtype.value)

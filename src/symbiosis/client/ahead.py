@@ -15,7 +15,7 @@ from torch import Tensor
 
 from symbiosis.client.chains import MAX_INPUT_BYTES, Chains
 from symbiosis.client.groups import InputGroups
-from symbiosis.client.linking import Member
+from symbiosis.client.linking import Ask, Member
 from symbiosis.client.trace import plain
 from symbiosis.wire.exchange import Op
 
@@ -46,6 +46,8 @@ class Ahead:
         self._siblings: _Siblings | None = None
         self._last_input: Tensor | None = None  # alive, so that the next is not taken for it
         self._vector_id = vector_id
+        self.verify: Callable[[Ask, Tensor, Tensor], None] | None = None
+        """Called with a chain, its input and its outputs, before they are used."""
         self._chains: dict[int, Chains] = {}  # by the rows of a pass: they are learned apart
         self.grouped = 0
         """Products answered along with another, without an exchange of their own."""
@@ -62,6 +64,8 @@ class Ahead:
         elif (asked := chains.ask(member, plain(x))) is not None:
             ask, tensors = asked
             (outputs,) = send(Op.CHAIN, ask.weights, ask.biases, ask.params, tensors, False)
+            if self.verify is not None:
+                self.verify(ask, tensors[0], outputs)
             result = chains.arrived(ask, tensors[0], outputs)
         else:
             result = self._grouped(member, plain(x), False, send)

@@ -28,14 +28,16 @@ from torch import Tensor
 from symbiosis.client.ahead import Ahead
 from symbiosis.client.recovery import T, recover
 from symbiosis.client.trace import plain
-from symbiosis.client.welcome import WeightInfo, unpack_files, vector_table, weight_table
-from symbiosis.errors import (
-    AuthenticationFailed,
-    ConnectionLost,
-    ModelError,
-    ProtocolError,
-    SymbiosisError,
+from symbiosis.client.verifying import Trust, Verifier
+from symbiosis.client.welcome import (
+    Identity,
+    WeightInfo,
+    recognise,
+    unpack_files,
+    vector_table,
+    weight_table,
 )
+from symbiosis.errors import AuthenticationFailed, ConnectionLost, ProtocolError, SymbiosisError
 from symbiosis.transport.channel import Channel
 from symbiosis.wire.exchange import NO_BIAS, Exchange, Op, Priority
 from symbiosis.wire.frames import VERSION, Json
@@ -67,6 +69,8 @@ class SessionStats:
     compute_s: float  # of that, the executor's computation
     mean_batch: float
     fetched_bytes: int
+    verified: int  # products compared by the random check
+    unverified: int  # products of exchanges drawn for it that have none
 
 
 class _Counters:
@@ -98,9 +102,11 @@ class Session:
         weight: float = 1.0,
         deadline_ms: float | None = None,
         retry_s: float = 0.0,
+        trust: Trust = Trust(),
     ) -> None:
         """``opener`` opens channels to ``url``; the first is opened here, at once or not at all.
-        Later ones are tried for up to ``retry_s``. Raises ConnectionFailed, ProtocolError."""
+        Later ones are tried for up to ``retry_s``. For the rest see `symbiosis.connect`. Raises
+        ConnectionFailed, ProtocolError, ModelError."""
         if priority not in ("auto", "interactive", "training"):
             raise ValueError(f"priority is {priority!r}; use auto, interactive or training")
         self.url = url
@@ -124,13 +130,25 @@ class Session:
         self._folder: Path | None = None
         self._remove_folder: weakref.finalize[[Path, int], Session] | None = None
         self.weights: dict[int, WeightInfo] = {}
+        self._trust = trust
+        self._identity: Identity | None = None
+        self._verifier: Verifier | None = None
+        self.welcome: Json = {}
         self.welcome = self._open().welcome
         try:
             self.weights = weight_table(self.welcome)
-        except ProtocolError:
+            self.vectors = vector_table(self.welcome)
+            if trust.verify:
+                self._verifier = Verifier(self, trust)
+                self._ahead.verify = self._verifier.chain
+        except SymbiosisError:
             self._drop_channel()
             raise
-        self.vectors = vector_table(self.welcome)
+
+    @property
+    def digest(self) -> str:
+        """What the executor says that it hosts; ``symbiosis digest FOLDER`` prints the same."""
+        return self._known().digest
 
     # Models
 
@@ -166,6 +184,7 @@ class Session:
                 folder = Path(tempfile.mkdtemp(prefix="symbiosis-"))
                 self._remove_folder = weakref.finalize(self, _remove, folder, os.getpid())
                 for name, data in files.items():
+                    self._known().check_file(name, data)
                     (folder / name).write_bytes(data)
                 self._folder = folder
             return self._folder
@@ -173,7 +192,12 @@ class Session:
     def shipped(self) -> dict[str, Tensor]:
         """Small parameters and buffers that live with the client, by name; fresh copies."""
         _, payload = self._request({"get": "parameters"})
-        return load_safetensors(payload.numpy().tobytes())
+        found = load_safetensors(payload.numpy().tobytes())
+        for name, value in found.items():
+            self._known().check_parameter(name, value)
+        if self._verifier is not None:
+            self._verifier.shipped(found)
+        return found
 
     # Statistics
 
@@ -191,6 +215,8 @@ class Session:
             compute_s=c.compute_us / 1e6,
             mean_batch=c.batch_members / c.exchanges if c.exchanges else 0.0,
             fetched_bytes=c.fetched_bytes,
+            verified=self._verifier.verified if self._verifier else 0,
+            unverified=self._verifier.unverified if self._verifier else 0,
         )
 
     def executor_stats(self) -> dict[str, Any]:
@@ -266,6 +292,7 @@ class Session:
                 info = self.weights[weight]
                 dtype = getattr(torch, str(answer["dtype"]))
                 found = payload.view(dtype).view(info.shape)
+                self._known().check_weight(info.names[0], found)
                 self._fetched[weight] = found
                 self._counters.fetched_bytes += len(payload)
                 logger.warning(
@@ -315,6 +342,7 @@ class Session:
             weight=self._terms[0],
             deadline_ms=self._terms[1],
             retry_s=self._retry_s,
+            trust=self._trust._replace(expect_digest=self.digest),
         )
         return reopen, (self._opener, self.url)
 
@@ -366,6 +394,8 @@ class Session:
             c.bytes_received += tensor.nbytes
         if len(result.tensors) != (1 if op is Op.CHAIN else len(weights)):
             raise ProtocolError(f"{len(result.tensors)} results for {len(weights)} weights")
+        if self._verifier is not None and op is not Op.CHAIN:
+            self._verifier.exchange(op, weights, biases, recipe, tensors[0], result.tensors)
         device = tensors[0].device
         if device.type == "cpu":
             return result.tensors
@@ -411,14 +441,19 @@ class Session:
             raise ConnectionLost(f"this session with {self.url} is closed; call connect() again")
         if self._channel is None or self._channel_pid != os.getpid():
             channel = self._opener({**self._hello, "pid": os.getpid()})
-            if self.weights and weight_table(channel.welcome) != self.weights:
-                channel.close()
-                raise ModelError(
-                    f"{self.url} no longer hosts {self.welcome.get('model')} but "
-                    f"{channel.welcome.get('model')}: connect anew and build the model again"
+            try:
+                self._identity = recognise(
+                    channel, self.url, self._trust.expect_digest, self._identity, self.welcome
                 )
+            except BaseException:
+                channel.close()
+                raise
             self._channel, self._channel_pid = channel, os.getpid()
         return self._channel
+
+    def _known(self) -> Identity:
+        assert self._identity is not None
+        return self._identity
 
     def _drop_channel(self) -> None:
         if self._channel is not None and self._channel_pid == os.getpid():

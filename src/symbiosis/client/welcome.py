@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import NamedTuple
 
-from symbiosis.errors import ProtocolError
+import torch
+
+from symbiosis.errors import ModelError, ProtocolError
+from symbiosis.transport.channel import Channel
+from symbiosis.wire.digest import Entries, bytes_digest, read_entries, tensor_digest
 from symbiosis.wire.frames import Json
+
+_POLL_S = 0.05
 
 
 class WeightInfo(NamedTuple):
@@ -51,3 +58,68 @@ def unpack_files(answer: Json, data: bytes) -> dict[str, bytes]:
         files[name] = data[at : at + size]
         at += size
     return files
+
+
+class Identity(NamedTuple):
+    """What an executor says that it hosts."""
+
+    digest: str
+    entries: Entries | None  # of what is in it, if they were asked for
+
+    def check_file(self, name: str, data: bytes) -> None:
+        """Raises ModelError if the file that arrived is another."""
+        self._check(f"file:{name}", bytes_digest(data))
+
+    def check_parameter(self, name: str, value: torch.Tensor) -> None:
+        """The same for a shipped parameter; what is computed and not stored has no digest."""
+        if self.entries is not None and f"parameter:{name}" in self.entries:
+            self._check(f"parameter:{name}", tensor_digest(value))
+
+    def check_weight(self, name: str, value: torch.Tensor) -> None:
+        """The same for a whole weight that was fetched."""
+        self._check(f"weight:{name}", tensor_digest(value))
+
+    def _check(self, entry: str, found: str) -> None:
+        if self.entries is not None and self.entries.get(entry) != found:
+            raise ModelError(
+                f"the executor sent a {entry.replace(':', ' ')} that is not the one in its digest "
+                f"{self.digest[:16]}…: do not use this executor"
+            )
+
+
+def recognise(
+    channel: Channel, url: str, expected: str | None, known: Identity | None, before: Json
+) -> Identity:
+    """What the executor behind a fresh ``channel`` hosts, if it is what was ``expected``, and
+    what the session knew ``before`` (its first welcome).
+
+    Waits until the executor has computed its digest. Raises ModelError, ProtocolError, and what
+    `Channel.request` raises.
+    """
+    found = _identity(channel, with_entries=expected is not None and known is None)
+    hosted = channel.welcome.get("model")
+    if known is None:
+        if expected is not None and found.digest != expected:
+            raise ModelError(
+                f"{url} hosts {hosted} with the digest {found.digest}, not {expected}: other "
+                f"weights, files, dtype or quantisation. Nothing was sent to it"
+            )
+        return found
+    if found.digest != known.digest or weight_table(channel.welcome) != weight_table(before):
+        raise ModelError(
+            f"{url} no longer hosts {before.get('model')} as it was, but {hosted} with other "
+            f"weights, files, dtype or quantisation: connect anew and build the model again"
+        )
+    return known
+
+
+def _identity(channel: Channel, with_entries: bool) -> Identity:
+    digest = channel.welcome.get("digest")
+    if isinstance(digest, str) and not with_entries:
+        return Identity(digest, None)
+    while True:
+        answer, _ = channel.request({"get": "digest"})
+        found = read_entries(answer)
+        if found is not None:
+            return Identity(found[0], found[1] if with_entries else None)
+        time.sleep(_POLL_S)

@@ -26,6 +26,7 @@ from symbiosis.errors import (
     SymbiosisError,
 )
 from symbiosis.executor.admin import Administration
+from symbiosis.executor.digests import ModelDigest
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.guard import Guard, check_reach, refusal
 from symbiosis.executor.keystore import FetchPolicy, Tenant
@@ -65,6 +66,7 @@ class Executor:
         a key store: with it, every client of another process has to show that it belongs to a
         tenant. Raises KeyStoreError."""
         self.weights = weights
+        self.digest = ModelDigest(weights)
         self._fetch = fetch
         self._limits = Limits(payload_bytes=max_payload_bytes)
         self._engine = Engine(
@@ -141,6 +143,7 @@ class Executor:
             admin=None if admin is None else (_admin_address(admin), Administration(self)),
         )
         self._server = server
+        self.digest.start()
         self._ended.clear()
         threading.Thread(target=self._run, name="symbiosis-executor", daemon=True).start()
         return [str(address) for address in server.addresses]
@@ -249,6 +252,8 @@ class Executor:
                 return sizes, _payload(b"".join(files.values()))
             case "parameters":
                 return {}, _payload(self.weights.shipped_bytes())
+            case "digest":
+                return self.digest.answer(), empty_payload(0)
             case "weight":
                 return self._whole_weight(client, question.get("id"), str(question.get("why")))
         raise ProtocolError(f"unknown request {str(question.get('get'))[:64]!r}")
@@ -344,6 +349,7 @@ class Executor:
                 {"id": w.id, "names": list(w.names), "shape": list(w.tensor.shape)} for w in weights
             ],
             "vectors": weights.vector_ids,
+            "digest": self.digest.ready,
             "fetch": self._fetch_policy(client),
             "max_payload_bytes": self._limits.payload_bytes,
         }

@@ -85,7 +85,14 @@ def run(
     folder = RunFolder(spec.out)
     folder.check(resume=spec.resume, overwrite=spec.overwrite)
     name = spec.name or f"finetune {spec.out.name}"
-    with symbiosis.connect(spec.base, name=name, priority="training", key=key, tls=tls) as base:
+    with symbiosis.connect(
+        spec.base,
+        name=name,
+        priority="training",
+        expect_digest=spec.expect_digest,
+        key=key,
+        tls=tls,
+    ) as base:
         check_hosts(base, spec.expect_model)
         tokenizer = tokenizer_of(base)
         scope = loss_scope(train[0], tokenizer)

@@ -86,7 +86,14 @@ def run(
     for folder in spec.adapters:
         check_adapter_folder(folder)
     name = spec.name or "generate"
-    with symbiosis.connect(spec.base, name=name, priority="interactive", key=key, tls=tls) as base:
+    with symbiosis.connect(
+        spec.base,
+        name=name,
+        priority="interactive",
+        expect_digest=spec.expect_digest,
+        key=key,
+        tls=tls,
+    ) as base:
         tokenizer = tokenizer_of(base)
         prompts = [_encoded(tokenizer, prompt, spec) for prompt in spec.prompts]
         models = _models(base, spec)

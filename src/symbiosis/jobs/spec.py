@@ -105,6 +105,8 @@ class FinetuneSpec(_Mapped):
     """Where the adapter and everything else that is not a frozen weight lives."""
     expect_model: str | None = None
     """Refuse to train if the executor hosts another model than this one."""
+    expect_digest: str | None = None
+    """Refuse if it hosts other numbers: what ``symbiosis digest`` prints."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_length", "batch_size", "gradient_accumulation", "log_steps")
@@ -149,6 +151,8 @@ class GenerateSpec(_Mapped):
     """Sampling only: set anew for every answer, so that each can be had again by itself."""
     chat: bool = False
     """Wrap each prompt as a user's message in the tokenizer's chat template."""
+    expect_digest: str | None = None
+    """Refuse an executor that hosts other numbers: what ``symbiosis digest`` prints."""
     name: str | None = None
     """What ``symbiosis status`` shows."""
     device: str = "cpu"
