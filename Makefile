@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check conformance bench clean
+.PHONY: setup demo test check conformance soak bench clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,11 @@ check: setup  ## lint, formatting, types, import directions
 conformance: setup  ## every architecture and PEFT method, split against whole; writes docs/compatibility.md
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance --jobs 2
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.methods
+
+SOAK ?= --minutes 5
+
+soak: setup  ## clients of all kinds come and go, some die, so does the executor; SOAK="--hours 8"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -W ignore -m tests.soak $(SOAK)
 
 bench: setup  ## the figures of the README; about 20 minutes on 2 cores
 	$(BIN)/python benchmarks/exactness.py

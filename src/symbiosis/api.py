@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from symbiosis.client.private import PrivateSession
-from symbiosis.client.session import PriorityName, Session
+from symbiosis.client.session import Opener, PriorityName, Session
 from symbiosis.client.verifying import Trust
 from symbiosis.privacy.modes import Mode, Privacy
 from symbiosis.transport.sockets import Address, SocketChannel
@@ -68,7 +68,7 @@ def connect(
 
     ``privacy`` hides what is sent from whoever runs the executor: ``plain`` (nothing is hidden),
     ``masked-local``, or a `symbiosis.Privacy` that says more; `Session.privacy_report` says what
-    that promises. A helper that it names is trusted by ``tls`` too; the ``key`` never goes there.
+    that promises. A helper that it names is trusted by ``tls.ca`` too; ``key`` and certificate never go there.
 
     Raises ConnectionFailed, AuthenticationFailed, QuotaExceeded, ProtocolError, ModelError,
     PrivacyError.
@@ -78,19 +78,25 @@ def connect(
     dial = functools.partial(
         SocketChannel, timeout_s=timeout_s, silence_s=silence_s, arena_bytes=arena_bytes
     )
-    url = str(Address.parse(base)) if isinstance(base, str) else "inproc"
     make: Callable[..., Session] = Session
     if not chosen.is_plain:
-        second = None
+        helper = None
         if chosen.helper is not None:
             address = Address.parse(chosen.helper)
             chosen = replace(chosen, helper=str(address))
-            second = functools.partial(dial, str(address), tls=tls if address.is_tls else None)
-        make = functools.partial(PrivateSession, privacy=chosen, helper=second)
-    secret = None if key is None else Secret(key)
-    opener = functools.partial(dial, url, key=secret, tls=tls)
+            # Of another operator, who is told nothing that is meant for the executor's.
+            trusted = None if tls is None or not address.is_tls else Tls(ca=tls.ca)
+            helper = functools.partial(dial, str(address), tls=trusted)
+        make = functools.partial(PrivateSession, privacy=chosen, helper=helper)
+    opener: Opener
+    if isinstance(base, str):
+        url = str(Address.parse(base))
+        secret = None if key is None else Secret(key)
+        opener = functools.partial(dial, url, key=secret, tls=tls)
+    else:
+        url, opener = "inproc", base.open_channel
     return make(
-        opener if isinstance(base, str) else base.open_channel,
+        opener,
         url,
         name=name,
         priority=priority,

@@ -19,6 +19,7 @@ from exchanges import exchange, weight_id
 from raw import RawClient
 from symbiosis import Executor, Privacy, Session, connect
 from symbiosis.errors import ConnectionLost, ModelError, PrivacyError, ProtocolError
+from symbiosis.executor import ring
 from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Op
 from symbiosis.wire.frames import Kind
 
@@ -301,6 +302,53 @@ def test_a_model_with_weights_that_are_no_numbers(serve: Serve) -> None:
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj.*cannot be offered masked"):
         serve(model, masked=(8,))
+
+
+def test_answers_that_are_not_what_was_asked_for(serve: Serve, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    _, url = serve(tiny.llama(), masked=(8, 16))
+    for bits in (8, 16):
+        privacy = Privacy(mode="masked-local", bits=bits)  # type: ignore[arg-type]
+        with connect(url, privacy=privacy, retry_s=0) as session:
+            model = session.model()
+            for wrong in (lambda y: y[:1], lambda y: y.float(), lambda y: y[..., :1]):
+                with monkeypatch.context() as patch:
+                    patch.setattr(ring, "to_wire", lambda y, wrong=wrong: wrong(y).contiguous())
+                    with pytest.raises(ProtocolError, match="answered a masked exchange with"):
+                        model(IDS)
+
+
+def test_masked_weights_that_are_described_badly(serve: Serve, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    _, url = serve(tiny.llama(), masked=(8,))
+    answer = Executor.answer
+    changes = [{"axis": 2}, {"norms": [1.0]}, {"norms": [float("nan"), 1]}, {"id": 999}, {"id": 1}]
+    for change in changes:
+
+        def changed(self: Executor, client: int, question: dict[str, object]) -> object:
+            found, payload = answer(self, client, question)
+            if question["get"] == "ring":
+                weights: list[dict[str, object]] = found["weights"]  # type: ignore[assignment]
+                found = {**found, "weights": [{**weights[0], **change}, *weights[1:]]}  # noqa: B023
+            return found, payload
+
+        monkeypatch.setattr(Executor, "answer", changed)
+        with pytest.raises(ProtocolError, match="described its masked weights badly"):
+            connect(url, privacy="masked-local")
+
+
+def test_masked_products_have_no_random_check_yet(serve: Serve) -> None:
+    _, url = serve(tiny.llama(), masked=(8,))
+    with pytest.raises(ValueError, match=r"verify= has no check for masked products"):
+        connect(url, privacy="masked-local", verify=0.5)
+
+
+def test_a_digest_is_pinned_in_every_mode(serve: Serve) -> None:
+    _, url = serve(tiny.llama(), masked=(8,))
+    with connect(url, privacy="masked-local") as session:
+        digest = session.digest
+    with connect(url, privacy="masked-local", expect_digest=digest) as session:
+        session.model()(IDS)
+    with pytest.raises(ModelError):
+        connect(url, privacy="masked-local", expect_digest="0" * len(digest))
 
 
 @pytest.mark.parametrize(

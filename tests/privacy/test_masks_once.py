@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Base
+from operators import Base
 from recorder import Recorder
 from torch import Tensor
 
@@ -213,6 +213,25 @@ def test_a_fork(recorder: Recorder) -> None:
                 assert torch.equal(ask(session), wanted)
             assert os.waitpid(child, 0)[1] == 0
     check_used_once(recorder, 31)
+
+
+def test_a_fork_while_a_helper_is_asked(folder: Path, recorder: Recorder, tmp_path: Path) -> None:
+    """The child must not wait for a lock that the parent's thread held."""
+    helper = Base(folder, tmp_path, "--masked", 8)
+    privacy = Privacy(mode="masked-split", helper=helper.url)
+    with open_session(recorder, privacy=privacy) as session:
+        wanted = ask(session)
+        for _ in range(5):
+            with helper.stopped():  # the next mask waits for its product
+                while session._masking._pool._worker._todo:
+                    pass
+                child = os.fork()
+            if child == 0:
+                os._exit(0 if torch.equal(ask(session), wanted) else 1)
+            assert torch.equal(ask(session), wanted)
+            assert os.waitpid(child, 0)[1] == 0
+    check_used_once(recorder, 11)
+    helper.kill()
 
 
 def test_a_copy_for_another_process(recorder: Recorder) -> None:

@@ -8,10 +8,12 @@ Shapes: T rows, I in, O out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from symbiosis.privacy.fixed import from_fixed, to_fixed
 from symbiosis.privacy.modes import MaskUse
 from symbiosis.privacy.pool import Mask, MaskPool, Site
 from symbiosis.privacy.ring import (
+    WORDS,
     RingWeight,
     centred,
     from_wire,
@@ -30,6 +33,7 @@ from symbiosis.privacy.ring import (
     to_wire,
 )
 from symbiosis.wire.exchange import NO_BIAS, Op
+from symbiosis.wire.frames import Json
 
 RING_OF = {Op.LINEAR: Op.RING_LINEAR, Op.MATMUL: Op.RING_MATMUL}
 
@@ -58,20 +62,23 @@ def ring_facts(session: Session, bits: int) -> dict[int, RingFacts]:
     answer, payload = session._request({"get": "ring", "bits": bits})
     try:
         scales = load(payload.numpy().tobytes())
-        return {
-            int(w["id"]): RingFacts(
-                int(w["axis"]),
-                session.weights[int(w["id"])].shape,
-                str(w["digest"]),
-                (float(w["norms"][0]), float(w["norms"][1])),
-                scales[str(w["id"])],
-            )
-            for w in answer["weights"]  # type: ignore[attr-defined]
-        }
-    except (KeyError, TypeError, ValueError) as error:
+        weights: list[Json] = answer["weights"]  # type: ignore[assignment]
+        return {int(str(w["id"])): _facts(session, w, scales[str(w["id"])]) for w in weights}
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ProtocolError(
             f"{session.url} described its masked weights badly: {error!r}"
         ) from None
+
+
+def _facts(session: Session, told: Json, scales: Tensor) -> RingFacts:
+    """Raises what a malformed answer makes Python raise, ValueError among it."""
+    shape, axis = session.weights[int(str(told["id"]))].shape, told["axis"]
+    row, column = (float(norm) for norm in told["norms"])  # type: ignore[attr-defined]
+    if axis not in (0, 1) or len(shape) != 2 or not 0 <= row < math.inf > column >= 0:
+        raise ValueError(told)
+    if scales.dtype is not torch.float32 or scales.shape != (shape[int(axis)],):
+        raise ValueError(f"scales of {scales.dtype}, {list(scales.shape)}")
+    return RingFacts(int(axis), shape, str(told["digest"]), (row, column), scales)
 
 
 class MaskProducts:
@@ -118,6 +125,7 @@ class HelperProducts:
     def __init__(self, helper: Session, facts: dict[int, RingFacts], bits: int) -> None:
         """``facts`` are the first executor's. Raises PrivacyError if the helper's differ."""
         self._helper = helper
+        self._facts = facts
         theirs = ring_facts(helper, bits)
         if theirs.keys() != facts.keys() or any(not _same(theirs[w], facts[w]) for w in facts):
             raise PrivacyError(
@@ -133,11 +141,13 @@ class HelperProducts:
         key = torch.frombuffer(bytearray(mask.name.key), dtype=torch.uint8)
         params = (int(site.op), site.bits, site.rows, mask.name.number)
         no_biases = (NO_BIAS,) * len(site.weights)
-        with self._helper._lock:
-            found = self._helper._exchange(
-                Op.RING_MASK, site.weights, no_biases, (), params, (key,), True, True
-            )
-        return tuple(from_wire(words) for words in found)
+        # Without the session's lock: the pool's thread alone calls this, and a child that was
+        # forked meanwhile would find it held for ever.
+        found = self._helper._exchange(
+            Op.RING_MASK, site.weights, no_biases, (), params, (key,), True, True
+        )
+        sizes = [_outputs(site.op, self._facts[weight]) for weight in site.weights]
+        return _residues(found, site.rows, sizes, site.bits, self._helper.url)
 
     def close(self) -> None:
         self._helper.close()
@@ -178,17 +188,17 @@ class Masking:
         assert not scale_inputs or len(weights) == 1
         rows = x.double() * facts[0].scales if scale_inputs else x
         fixed = to_fixed(rows, self._norm(op, x.shape[1]), self._bits)
-        outputs = sum(_outputs(op, fact) for fact in facts)
-        site = Site(RING_OF[op], weights, x.shape[0], x.shape[1], outputs, self._bits)
+        sizes = [_outputs(op, fact) for fact in facts]
+        site = Site(RING_OF[op], weights, x.shape[0], x.shape[1], sum(sizes), self._bits)
         self._source.need(session, weights)
         mask = self._pool.take(site)
         # Built once: whoever sends it again sends these bytes. The mask is spent either way.
         masked = to_wire(self._reduced(fixed.residues.add_(mask.numbers)))
-        answers = send(site.op, weights, masked)
+        sent = send(site.op, weights, masked)
+        answers = _residues(sent, site.rows, sizes, self._bits, session.url)
         found = []
-        for words, product, fact in zip(answers, mask.products(), facts, strict=True):
-            y = self._reduced(from_wire(words).clone().sub_(product))
-            y = from_fixed(y, fixed.steps)
+        for answer, product, fact in zip(answers, mask.products(), facts, strict=True):
+            y = from_fixed(self._reduced(answer - product), fixed.steps)
             found.append(y if scale_inputs else y.mul_(fact.scales))
         return tuple(found)
 
@@ -210,7 +220,20 @@ class Masking:
 
 
 def _outputs(op: Op, fact: RingFacts) -> int:
-    return fact.shape[0 if op is Op.LINEAR else 1]
+    return fact.shape[0 if op in (Op.LINEAR, Op.RING_LINEAR) else 1]
+
+
+def _residues(
+    answers: tuple[Tensor, ...], rows: int, sizes: list[int], bits: int, url: str
+) -> tuple[Tensor, ...]:
+    """What came back, in memory, if it is what was asked for; raises ProtocolError."""
+    words = (torch.int32, ()) if bits == 8 else (torch.int16, (WORDS,))
+    for answer, size in zip(answers, sizes, strict=True):
+        if (answer.dtype, answer.shape) != (words[0], (rows, size, *words[1])):
+            raise ProtocolError(
+                f"{url} answered a masked exchange with {answer.dtype} {list(answer.shape)}"
+            )
+    return tuple(from_wire(answer) for answer in answers)
 
 
 def _same(a: RingFacts, b: RingFacts) -> bool:

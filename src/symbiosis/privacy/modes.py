@@ -162,6 +162,8 @@ _BUCKETS = "the bucket of each exchange's rows"
 _ALWAYS = (
     "which layers are called, in which order, forward or backward, how often and when: the method "
     "of tuning, the number of tokens that are generated",
+    "this client's name, which the commands make of a folder's unless --name is given, its process "
+    "number and its address",
 )
 _HELPER_TOO = "all of that to the helper as well"
 _EVERYTHING = "tokens, activations, gradients, the adapter's product: see the guarantee"
