@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import resource
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,14 +22,12 @@ import raw
 import tiny
 import tiny_files
 from bad_frames import EMBED, weight
+from command_line import Served, finish, serve
 from dying_clients import FIRST
 from raw import RawClient
 from symbiosis import Executor, connect
 from symbiosis.errors import ExchangeFailed
 from symbiosis.wire.exchange import Op
-
-sys.path.insert(0, str(Path(__file__).parent / "cli"))
-from processes import Served, finish, serve
 
 pytestmark = pytest.mark.timeout(180)
 
