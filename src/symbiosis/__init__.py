@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from symbiosis.api import connect
     from symbiosis.client.session import Session
     from symbiosis.executor.executor import Executor
+    from symbiosis.transport.tls import Tls
 
 __version__ = "0.1.0"
-__all__ = ["Executor", "Session", "SymbiosisError", "__version__", "connect", "errors"]
+__all__ = ["Executor", "Session", "SymbiosisError", "Tls", "__version__", "connect", "errors"]
 
 _HOMES = {
     "connect": "symbiosis.api",
     "Executor": "symbiosis.executor.executor",
     "Session": "symbiosis.client.session",
+    "Tls": "symbiosis.transport.tls",
 }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from symbiosis.client.session import PriorityName, Session
 from symbiosis.client.verifying import Trust
 from symbiosis.transport.sockets import Address, SocketChannel
+from symbiosis.transport.tls import Secret, Tls
 
 if TYPE_CHECKING:
     from symbiosis.executor.executor import Executor
@@ -27,15 +28,18 @@ def connect(
     expect_digest: str | None = None,
     verify: float = 0.0,
     weights: str | None = None,
+    key: str | None = None,
+    tls: Tls | None = None,
 ) -> Session:
     """Open a session with the executor at ``base``.
 
-    ``base`` is ``unix:///path.sock``, ``tcp://host:port``, or an `Executor` of this process.
-    ``name`` is what ``symbiosis status`` shows. ``priority`` says whether a person waits for the
-    answers (``interactive``) or a training loop does (``training``); ``auto`` decides for each
-    exchange by whether gradients are recorded. Among clients of one priority, this one's turn
-    comes as if it had waited ``weight`` times as long (0.1 to 10). The executor holds none of its
-    exchanges for others beyond ``deadline_ms`` after arrival (0: never holds them).
+    ``base`` is ``unix:///path.sock``, ``tcp://host:port``, ``tls://host:port``, or an `Executor`
+    of this process. ``name`` is what ``symbiosis status`` shows. ``priority`` says whether a
+    person waits for the answers (``interactive``) or a training loop does (``training``);
+    ``auto`` decides for each exchange by whether gradients are recorded. Among clients of one
+    priority, this one's turn comes as if it had waited ``weight`` times as long (0.1 to 10). The
+    executor holds none of its exchanges for others beyond ``deadline_ms`` after arrival (0: never
+    holds them).
     ``timeout_s`` bounds connecting.
 
     When the connection is lost in mid-session, it is opened anew for up to ``retry_s`` and what
@@ -44,7 +48,10 @@ def connect(
     that is there may say nothing in mid-exchange before the connection counts as lost (None: it
     may compute as long as it likes). ``arena_bytes`` is the address space that is shared with an
     executor behind a UNIX socket, for large tensors; memory is taken as it is used, and 0 sends
-    everything through the socket.
+    everything through the socket. ``key`` is an API key, for executors that ask for one; it is
+    sent over tls:// or within the host only, and goes along when a session is pickled for a
+    worker process. ``tls`` says what to trust and show at a tls:// address; by default the
+    system's authorities are trusted. The hostname is always verified.
 
     ``expect_digest`` pins the model: what ``symbiosis digest FOLDER`` prints. An executor that
     claims another is left before anything is sent, and every file, small parameter and fetched
@@ -54,7 +61,7 @@ def connect(
     weights; with ``weights``, a folder with the model that you trust, also one that computes
     with others from the start. See decision 15 for what each finds.
 
-    Raises ConnectionFailed, ProtocolError, ModelError.
+    Raises ConnectionFailed, AuthenticationFailed, QuotaExceeded, ProtocolError, ModelError.
     """
     trust = Trust.of(expect_digest, verify, weights)
     if not isinstance(base, str):
@@ -70,7 +77,13 @@ def connect(
         )
     url = str(Address.parse(base))
     opener = functools.partial(
-        SocketChannel, url, timeout_s=timeout_s, silence_s=silence_s, arena_bytes=arena_bytes
+        SocketChannel,
+        url,
+        timeout_s=timeout_s,
+        silence_s=silence_s,
+        arena_bytes=arena_bytes,
+        key=None if key is None else Secret(key),
+        tls=tls,
     )
     return Session(
         opener,

@@ -19,8 +19,10 @@ import torch
 
 from symbiosis.errors import ProtocolError, SymbiosisError
 from symbiosis.executor.ops import Plan
+from symbiosis.executor.tenants import Account
 from symbiosis.transport.arena import ArenaUnfit, AttachedArena, receive_with_descriptors
 from symbiosis.transport.sockets import exchange_parts
+from symbiosis.transport.tls import TlsSocket, reason_of
 from symbiosis.wire.checksums import checked
 from symbiosis.wire.exchange import Exchange, Result, pack_result
 from symbiosis.wire.frames import (
@@ -33,7 +35,7 @@ from symbiosis.wire.frames import (
     json_frame,
 )
 from symbiosis.wire.places import Places
-from symbiosis.wire.tensors import as_bytes, from_payload, spec_of
+from symbiosis.wire.tensors import as_bytes, from_payload, offsets, spec_of
 
 if TYPE_CHECKING:
     from symbiosis.executor.server import Server
@@ -45,14 +47,18 @@ MAX_IN_FLIGHT = 16
 are not taken, the connection is not read: that is the back-pressure."""
 
 
-Answer = tuple[int, Result | SymbiosisError, Places | None]
-"""Request, outcome, and the places for its results."""
+_JOINED_BYTES = 1 << 16
+
+Answer = tuple[int, Result | SymbiosisError, Places | None, int]
+"""Request, outcome, the places for its results, and the bytes of its inputs."""
 
 
 class Desk(Protocol):
     """Who answers what is asked outside the data path: the `Executor`."""
 
-    def attach(self, hello: Json, transport: str) -> tuple[int, Json]: ...
+    def attach(
+        self, hello: Json, transport: str, certificate: tuple[str, ...] = ()
+    ) -> tuple[int, Json]: ...
 
     def detach(self, client: int) -> None: ...
 
@@ -62,23 +68,37 @@ class Desk(Protocol):
 class Connection:
     """One client's socket: its frames in, its answers out."""
 
-    def __init__(self, server: Server, accepted: socket.socket, transport: str) -> None:
+    def __init__(
+        self, server: Server, accepted: socket.socket | TlsSocket, transport: str, desk: Desk
+    ) -> None:
         self.socket = accepted
+        self.account: Account | None = None  # of its tenant, if there are tenants
         self._server = server
+        self._desk = desk
         self._transport = transport
+        self._tls = accepted if isinstance(accepted, TlsSocket) else None
         self._reader = FrameReader(server.limits, self._admit)
         self._client: int | None = None
         self._descriptors: tuple[int, ...] = ()  # came with HELLO, not yet mapped
         self._arena: AttachedArena | None = None
         self._outbox: deque[memoryview] = deque()
         self._in_flight = 0
+        self._arriving_bytes = 0  # of an exchange that its account knows and the engine does not
         self._events = selectors.EVENT_READ
         self._held_back = False  # frames wait in the reader until answers are taken
         self._closed = False
 
+    @property
+    def client(self) -> int | None:
+        """Its number, once it has greeted."""
+        return self._client
+
     def ready(self, events: int) -> None:
         """The socket can be read, or written again."""
         try:
+            if self._tls is not None:
+                self._ready_encrypted(self._tls)
+                return
             if events & selectors.EVENT_WRITE:
                 self._flush()
             if events & selectors.EVENT_READ and not self._closed:
@@ -90,13 +110,42 @@ class Connection:
         """Go on with frames that were held back."""
         try:
             self._work()
+            if self._tls is not None and not self._held_back and self._tls.pending:
+                self._read()
         except Exception as error:  # noqa: BLE001
             self._contain(error)
+
+    def _ready_encrypted(self, tls: TlsSocket) -> None:
+        """Either event may let either direction go on."""
+        if not tls.established:
+            self._shake_hands(tls)
+        else:
+            if self._outbox:
+                self._flush()
+            if not self._closed and not self._held_back:
+                self._read()
+        self._update_events()
+
+    def _shake_hands(self, tls: TlsSocket) -> None:
+        if tls.begins_in_plain():
+            logger.warning("a client came to a tls:// address without TLS")
+            error = ProtocolError("this address takes TLS only: connect to tls://HOST:PORT")
+            tls.send_in_plain(error_frame(0, error))
+            self.close()
+            return
+        try:
+            tls.shake_hands()
+        except OSError as error:
+            logger.warning("a client's TLS handshake failed: %s", reason_of(error))
+            self.close()
 
     def _contain(self, error: Exception) -> None:
         """Whatever goes wrong with one connection ends that connection and no other."""
         if isinstance(error, ProtocolError):
             logger.warning("client %s broke the protocol: %s", self._client, error)
+            self.fail(error)
+        elif isinstance(error, SymbiosisError):  # not let in
+            logger.warning("a client over %s was refused: %s", self._transport, error)
             self.fail(error)
         elif isinstance(error, OSError):  # reset by the peer
             self.close()
@@ -107,9 +156,15 @@ class Connection:
             self.fail(SymbiosisError("internal error in the executor; its log says more"))
 
     def answer(
-        self, request: int, outcome: Result | SymbiosisError, places: Places | None = None
+        self,
+        request: int,
+        outcome: Result | SymbiosisError,
+        places: Places | None = None,
+        input_bytes: int = 0,
     ) -> None:
         """An exchange has been computed or refused."""
+        if self.account is not None:
+            self.account.end(input_bytes)
         if self._closed:
             return
         self._in_flight -= 1
@@ -160,8 +215,10 @@ class Connection:
         self._arena = None
         self._outbox.clear()
         self._server.closed(self)
+        if self.account is not None:
+            self.account.end(self._arriving_bytes)
         if self._client is not None:
-            self._server.desk.detach(self._client)
+            self._desk.detach(self._client)
 
     def _read(self) -> None:
         try:
@@ -179,6 +236,7 @@ class Connection:
 
     def _receive_greeting(self) -> int:
         """A descriptor may come with HELLO; one that comes later is dropped by the kernel."""
+        assert isinstance(self.socket, socket.socket)
         received, descriptors = receive_with_descriptors(self.socket, self._reader.buffer())
         if descriptors and self._descriptors:
             self._drop_descriptors(descriptors)
@@ -198,6 +256,10 @@ class Connection:
             if self._outbox or self._in_flight >= MAX_IN_FLIGHT:
                 self._held_back = True
                 break
+            if self.account is not None and self._is_over_quota(self.account):
+                self._held_back = True
+                self._server.delay(self)
+                break
             frame = self._reader.next()
             if frame is None:
                 break
@@ -207,8 +269,23 @@ class Connection:
                 self._handle(frame)
         self._update_events()
 
+    def _is_over_quota(self, account: Account) -> bool:
+        """Must what has not begun to arrive wait? What has begun is on its account already."""
+        return not self._arriving_bytes and account.delay_s(self._server.engine.clock()) > 0
+
     def _admit(self, kind: Kind, meta: bytes, payload_bytes: int) -> object:
-        """Before memory is allocated: does the exchange fit the model's table?"""
+        """Before memory is allocated: does the exchange fit the model's table, and the quota?"""
+        admitted = self._fit(kind, meta, payload_bytes)
+        if admitted is not None and self.account is not None:
+            exchange, plan, _ = admitted
+            num_bytes = offsets(exchange.specs)[1]
+            self.account.begin(num_bytes, plan.rows, self._server.engine.clock())
+            self._arriving_bytes = num_bytes
+        return admitted
+
+    def _fit(
+        self, kind: Kind, meta: bytes, payload_bytes: int
+    ) -> tuple[Exchange, Plan, Places | None] | None:
         if (kind is Kind.HELLO) != (self._client is None):
             raise ProtocolError(f"unexpected {kind.name} frame: HELLO comes first, and once")
         if kind is Kind.EXCHANGE:
@@ -238,8 +315,10 @@ class Connection:
     def _greeted(self, hello: Json) -> None:
         if bool(hello.get("arena")) != bool(self._descriptors):
             raise ProtocolError("an arena is announced and its descriptor sent, both or neither")
-        client, welcome = self._server.desk.attach(hello, self._transport)
+        names = () if self._tls is None else self._tls.peer_names()
+        client, welcome = self._desk.attach(hello, self._transport, names)
         self._client = client
+        self.account = self._server.engine.account_of(client)
         if self._descriptors:
             try:
                 self._arena = AttachedArena(self._descriptors[0])
@@ -255,6 +334,7 @@ class Connection:
     ) -> None:
         assert self._client is not None
         self._in_flight += 1
+        input_bytes, self._arriving_bytes = self._arriving_bytes, 0
         self._count(bytes_in=len(frame.meta) + len(frame.payload))
         place = None
         if places is None:
@@ -267,13 +347,13 @@ class Connection:
             self._client,
             exchange._replace(tensors=tensors, place=place),
             plan,
-            lambda outcome: self._server.reply(self, frame.request, outcome, places),
+            lambda outcome: self._server.reply(self, frame.request, outcome, places, input_bytes),
         )
 
     def _request(self, frame: Frame) -> None:
         assert self._client is not None
         try:
-            answer, payload = self._server.desk.answer(self._client, frame.json())
+            answer, payload = self._desk.answer(self._client, frame.json())
         except SymbiosisError as error:
             self._send([error_frame(frame.request, error)])
             return
@@ -289,6 +369,9 @@ class Connection:
     def _send(self, parts: list[bytes | memoryview]) -> None:
         if self._reader.checked:
             parts = checked(parts)
+        if isinstance(self.socket, TlsSocket):
+            self._send_encrypted(self.socket, parts)
+            return
         if self._outbox:
             self._outbox.extend(map(memoryview, parts))
             return
@@ -305,7 +388,22 @@ class Connection:
         if self._outbox:
             self._update_events()
 
-    def _flush(self) -> None:
+    def _send_encrypted(self, tls: TlsSocket, parts: list[bytes | memoryview]) -> None:
+        """Each send makes records of its own, so small parts go together."""
+        if not tls.established:  # nothing can be said yet
+            return
+        if sum(map(len, parts)) <= _JOINED_BYTES:
+            parts = [b"".join(parts)]
+        idle = not self._outbox
+        self._outbox.extend(memoryview(part) for part in parts if len(part))
+        if idle:
+            try:
+                self._flush_outbox()
+            except OSError:  # the peer has gone; the next read says so
+                self._outbox.clear()
+            self._update_events()
+
+    def _flush_outbox(self) -> None:
         while self._outbox:
             try:
                 sent = self.socket.send(self._outbox[0])
@@ -315,6 +413,9 @@ class Connection:
                 self._outbox.popleft()
             else:
                 self._outbox[0] = self._outbox[0][sent:]
+
+    def _flush(self) -> None:
+        self._flush_outbox()
         if self._held_back and not self._outbox:
             self._server.resume(self)
         self._update_events()
@@ -324,6 +425,8 @@ class Connection:
             return
         busy = self._held_back or self._in_flight >= MAX_IN_FLIGHT
         events = selectors.EVENT_WRITE if self._outbox else 0 if busy else selectors.EVENT_READ
+        if self._tls is not None:
+            events = self._tls.waits_for or events
         if events != self._events:
             self._events = events
             self._server.watch(self, events)

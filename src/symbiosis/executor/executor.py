@@ -12,27 +12,28 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from symbiosis.errors import FetchRefused, ProtocolError, SymbiosisError
+from symbiosis.errors import FetchRefused, ProtocolError, RequestRefused, SymbiosisError
 from symbiosis.executor.digests import ModelDigest
 from symbiosis.executor.engine import Engine
+from symbiosis.executor.guard import Guard, check_reach
+from symbiosis.executor.keystore import FetchPolicy, Tenant
 from symbiosis.executor.quantized import Scheme
 from symbiosis.executor.scheduler import Policy, Scheduler, Terms
 from symbiosis.executor.server import Server
 from symbiosis.executor.weights import Weights
 from symbiosis.transport.inproc import InprocChannel
 from symbiosis.transport.sockets import Address
+from symbiosis.transport.tls import ServerTls
 from symbiosis.wire.exchange import Exchange, Result
 from symbiosis.wire.frames import VERSION, Json, Limits
 from symbiosis.wire.tensors import as_bytes, empty_payload
 
 logger = logging.getLogger(__name__)
-
-FetchPolicy = Literal["allow", "deny"]
 
 
 class Executor:
@@ -51,8 +52,11 @@ class Executor:
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
         max_payload_bytes: int = 1 << 30,
+        keys: Path | None = None,
     ) -> None:
-        """``fetch`` says whether clients may read whole weights (DoRA, merging, ...)."""
+        """``fetch`` says whether clients may read whole weights (DoRA, merging, ...). ``keys`` is
+        a key store: with it, every client of another process has to show that it belongs to a
+        tenant. Raises KeyStoreError."""
         self.weights = weights
         self.digest = ModelDigest(weights)
         self._fetch = fetch
@@ -62,6 +66,7 @@ class Executor:
             Scheduler(policy, training_share=training_share),
             max_result_bytes=max_payload_bytes,
         )
+        self._guard = None if keys is None else Guard(keys, clock=self._engine.clock)
         self._server: Server | None = None
         # Set when the server has ended. Not Thread.join: interrupted by an exception from a
         # signal handler, it takes the thread for ended and the next join returns at once.
@@ -78,6 +83,7 @@ class Executor:
         policy: Policy = "greedy",
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
+        keys: Path | None = None,
     ) -> Executor:
         """Load a local ``transformers`` folder or a hub id; raises ModelError.
 
@@ -85,7 +91,7 @@ class Executor:
         (``nf4``); embeddings, the output head, convolutions and experts stay dense.
         """
         weights = Weights.load(model, dtype=dtype, device=device, quantize=quantize)
-        return cls(weights, policy=policy, training_share=training_share, fetch=fetch)
+        return cls(weights, policy=policy, training_share=training_share, fetch=fetch, keys=keys)
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, name: str = "in-memory model") -> Executor:
@@ -93,17 +99,31 @@ class Executor:
         return cls(Weights(model, name))
 
     def listen(
-        self, urls: Sequence[str], inherited: Sequence[tuple[socket.socket, Address]] = ()
+        self,
+        urls: Sequence[str],
+        inherited: Sequence[tuple[socket.socket, Address]] = (),
+        *,
+        tls: ServerTls | None = None,
+        allow_remote: bool = False,
     ) -> list[str]:
         """Serve ``urls`` from a thread of this process; the URLs with the ports really taken.
 
         ``inherited`` are listening sockets of a parent process, used in place of ``urls`` and left
-        to it. Raises ConnectionFailed if an address cannot be listened on.
+        to it. ``tls`` is the certificate for tls:// addresses. ``allow_remote`` takes away the
+        check that what other machines can reach is encrypted and asks who they are. Raises
+        ConnectionFailed if an address cannot be listened on.
         """
         if self._server is not None:
             raise SymbiosisError("this executor listens already")
         addresses = [Address.parse(url) for url in urls]
-        server = Server(self, self._engine, addresses, self._limits, inherited)
+        addresses = [address for _, address in inherited] or addresses
+        authenticated = tls is not None and tls.client_ca is not None
+        check_reach(addresses, self._guard is not None or authenticated, allow_remote)
+        if self._guard is None and authenticated:
+            self._guard = Guard(None, clock=self._engine.clock)
+        server = Server(
+            self, self._engine, addresses, self._limits, inherited, tls=tls, guard=self._guard
+        )
         self._server = server
         self.digest.start()
         self._ended.clear()
@@ -141,8 +161,13 @@ class Executor:
 
     # What a client asks outside the data path; the server and `InprocChannel` call these.
 
-    def attach(self, hello: Json, transport: str = "inproc") -> tuple[int, Json]:
-        """Take a client on. Raises ProtocolError if its HELLO is not one."""
+    def attach(
+        self, hello: Json, transport: str = "inproc", certificate: tuple[str, ...] = ()
+    ) -> tuple[int, Json]:
+        """Take a client on; ``certificate`` has the names in the one that it showed, if any.
+
+        Raises ProtocolError if its HELLO is not one, AuthenticationFailed, QuotaExceeded.
+        """
         if hello.get("protocol") != VERSION:
             raise ProtocolError(
                 f"the client speaks protocol {hello.get('protocol')}, this executor {VERSION}: "
@@ -150,12 +175,24 @@ class Executor:
             )
         pid = hello.get("pid")
         name = str(hello.get("client") or "client")[:64]
+        terms = _terms(hello)
+        holder = None
+        if self._guard is not None and transport != "inproc":
+            holder = self._guard.identify(hello.get("key"), certificate)
+        account = None
+        if holder is not None:
+            account = holder.account
+            account.open_session()
         client = self._engine.add_client(
-            name, transport, pid if isinstance(pid, int) else None, _terms(hello)
+            name, transport, pid if isinstance(pid, int) else None, terms, account
         )
+        if self._guard is not None and holder is not None:
+            self._guard.enter(client, holder)
         return client, self._welcome(client)
 
     def detach(self, client: int) -> None:
+        if self._guard is not None:
+            self._guard.leave(client)
         self._engine.remove_client(client)
 
     def compute(self, client: int, exchange: Exchange) -> Result | SymbiosisError:
@@ -174,10 +211,19 @@ class Executor:
         return answer[0]
 
     def answer(self, client: int, question: Json) -> tuple[Json, torch.Tensor]:
-        """The answer to a REQUEST. Raises FetchRefused, UnknownWeight, ProtocolError."""
-        match question.get("get"):
+        """The answer to a REQUEST. Raises RequestRefused, FetchRefused, UnknownWeight,
+        ProtocolError."""
+        asked = question.get("get")
+        tenant = self._tenant_of(client)
+        free = asked in ("weight", "digest")  # the one has a policy of its own, all need the other
+        if tenant is not None and not free and asked not in tenant.requests:
+            raise RequestRefused(
+                f"tenant {tenant.name} may not ask for {str(asked)[:64]!r} here; what it may is "
+                f"for the operator to say, in the key store"
+            )
+        match asked:
             case "stats":
-                return {**self.describe(), **self._engine.snapshot()}, empty_payload(0)
+                return self._stats(tenant), empty_payload(0)
             case "files":
                 files = self.weights.files
                 sizes: Json = {"files": {name: len(data) for name, data in files.items()}}
@@ -189,6 +235,20 @@ class Executor:
             case "weight":
                 return self._whole_weight(client, question.get("id"), str(question.get("why")))
         raise ProtocolError(f"unknown request {str(question.get('get'))[:64]!r}")
+
+    def _tenant_of(self, client: int) -> Tenant | None:
+        return None if self._guard is None else self._guard.tenant_of(client)
+
+    def _stats(self, tenant: Tenant | None) -> Json:
+        """A tenant sees its own clients and its own use, and nothing that others move."""
+        if tenant is None or self._guard is None:
+            return {**self.describe(), **self._engine.snapshot()}
+        return {
+            **self.describe(),
+            "policy": self._engine.policy,
+            "clients": self._engine.clients_of(tenant.name),
+            "tenant": {"name": tenant.name, **self._guard.account_of(tenant)},
+        }
 
     def describe(self) -> Json:
         """The hosted model in a few facts."""
@@ -207,7 +267,7 @@ class Executor:
     def _whole_weight(self, client: int, number: object, why: str) -> tuple[Json, torch.Tensor]:
         hosted = self.weights[number if isinstance(number, int) else -1]
         name = hosted.names[0]
-        if self._fetch == "deny":
+        if self._fetch_policy(client) == "deny":
             raise FetchRefused(
                 f"{why[:200]} needs the whole of {name}, and this executor does not hand out "
                 f"weights; choose a method that does not read them, or ask the operator to serve "
@@ -220,6 +280,10 @@ class Executor:
         data = hosted.dense().cpu().contiguous()
         return {"dtype": str(data.dtype).removeprefix("torch.")}, data.reshape(-1).view(torch.uint8)
 
+    def _fetch_policy(self, client: int) -> FetchPolicy:
+        tenant = self._tenant_of(client)
+        return self._fetch if tenant is None or tenant.fetch is None else tenant.fetch
+
     def _welcome(self, client: int) -> Json:
         weights = self.weights
         return {
@@ -231,7 +295,7 @@ class Executor:
             ],
             "vectors": weights.vector_ids,
             "digest": self.digest.ready,
-            "fetch": self._fetch,
+            "fetch": self._fetch_policy(client),
             "max_payload_bytes": self._limits.payload_bytes,
         }
 
