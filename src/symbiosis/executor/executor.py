@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from symbiosis.errors import FetchRefused, ProtocolError, RequestRefused, SymbiosisError
+from symbiosis.executor.bounds import Bounds
 from symbiosis.executor.digests import ModelDigest
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.guard import Guard, check_reach
@@ -53,11 +54,13 @@ class Executor:
         fetch: FetchPolicy = "allow",
         max_payload_bytes: int = 1 << 30,
         keys: Path | None = None,
+        bounds: Bounds = Bounds(),
     ) -> None:
         """``fetch`` says whether clients may read whole weights (DoRA, merging, ...). ``keys`` is
         a key store: with it, every client of another process has to show that it belongs to a
-        tenant. Raises KeyStoreError."""
+        tenant. ``bounds`` are for what listens. Raises KeyStoreError."""
         self.weights = weights
+        self._bounds = bounds
         self.digest = ModelDigest(weights)
         self._fetch = fetch
         self._limits = Limits(payload_bytes=max_payload_bytes)
@@ -122,7 +125,14 @@ class Executor:
         if self._guard is None and authenticated:
             self._guard = Guard(None, clock=self._engine.clock)
         server = Server(
-            self, self._engine, addresses, self._limits, inherited, tls=tls, guard=self._guard
+            self,
+            self._engine,
+            addresses,
+            self._limits,
+            inherited,
+            tls=tls,
+            guard=self._guard,
+            bounds=self._bounds,
         )
         self._server = server
         self.digest.start()
