@@ -25,11 +25,11 @@ def connect(
     retry_s: float = 60.0,
     silence_s: float | None = None,
     arena_bytes: int = 4 << 30,
+    key: str | None = None,
+    tls: Tls | None = None,
     expect_digest: str | None = None,
     verify: float = 0.0,
     weights: str | None = None,
-    key: str | None = None,
-    tls: Tls | None = None,
 ) -> Session:
     """Open a session with the executor at ``base``.
 

@@ -20,6 +20,7 @@
     ├── KeyStoreError           the file of keys and tenants is malformed, or others can read it
     ├── UnsupportedOperation    no meaning is defined for this use of a remote weight
     ├── ModelError              a model folder cannot be hosted, or is not the one hosted here
+    ├── WriteFailed             a file could not be written, because the disk is full for example
     ├── DataError               a line of a data set is malformed
     └── MethodError             an unknown PEFT method or option
 
@@ -136,6 +137,12 @@ class ModelError(SymbiosisError):
     """A model cannot be loaded, or is not the one that the executor hosts."""
 
     code = "model"
+
+
+class WriteFailed(SymbiosisError):
+    """A file of a job could not be written; the message names it."""
+
+    code = "write-failed"
 
 
 class DataError(SymbiosisError):

@@ -37,12 +37,7 @@ from symbiosis.client.welcome import (
     vector_table,
     weight_table,
 )
-from symbiosis.errors import (
-    AuthenticationFailed,
-    ConnectionLost,
-    ProtocolError,
-    SymbiosisError,
-)
+from symbiosis.errors import AuthenticationFailed, ConnectionLost, ProtocolError, SymbiosisError
 from symbiosis.transport.channel import Channel
 from symbiosis.wire.exchange import NO_BIAS, Exchange, Op, Priority
 from symbiosis.wire.frames import VERSION, Json

@@ -17,11 +17,19 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from symbiosis.errors import FetchRefused, ProtocolError, RequestRefused, SymbiosisError
+from symbiosis.errors import (
+    ConnectionFailed,
+    ConnectionLost,
+    FetchRefused,
+    ProtocolError,
+    RequestRefused,
+    SymbiosisError,
+)
+from symbiosis.executor.admin import Administration
 from symbiosis.executor.bounds import Bounds
 from symbiosis.executor.digests import ModelDigest
 from symbiosis.executor.engine import Engine
-from symbiosis.executor.guard import Guard, check_reach
+from symbiosis.executor.guard import Guard, check_reach, refusal
 from symbiosis.executor.keystore import FetchPolicy, Tenant
 from symbiosis.executor.quantized import Scheme
 from symbiosis.executor.scheduler import Policy, Scheduler, Terms
@@ -70,6 +78,7 @@ class Executor:
             max_result_bytes=max_payload_bytes,
         )
         self._guard = None if keys is None else Guard(keys, clock=self._engine.clock)
+        self._draining = False
         self._server: Server | None = None
         # Set when the server has ended. Not Thread.join: interrupted by an exception from a
         # signal handler, it takes the thread for ended and the next join returns at once.
@@ -108,13 +117,15 @@ class Executor:
         *,
         tls: ServerTls | None = None,
         allow_remote: bool = False,
+        admin: str | None = None,
     ) -> list[str]:
         """Serve ``urls`` from a thread of this process; the URLs with the ports really taken.
 
         ``inherited`` are listening sockets of a parent process, used in place of ``urls`` and left
         to it. ``tls`` is the certificate for tls:// addresses. ``allow_remote`` takes away the
-        check that what other machines can reach is encrypted and asks who they are. Raises
-        ConnectionFailed if an address cannot be listened on.
+        check that what other machines can reach is encrypted and asks who they are. ``admin`` is
+        a unix:// address for the operator, see `Administration`. Raises ConnectionFailed if an
+        address cannot be listened on.
         """
         if self._server is not None:
             raise SymbiosisError("this executor listens already")
@@ -133,6 +144,7 @@ class Executor:
             tls=tls,
             guard=self._guard,
             bounds=self._bounds,
+            admin=None if admin is None else (_admin_address(admin), Administration(self)),
         )
         self._server = server
         self.digest.start()
@@ -189,6 +201,11 @@ class Executor:
         holder = None
         if self._guard is not None and transport != "inproc":
             holder = self._guard.identify(hello.get("key"), certificate)
+        if self._draining and transport != "inproc":
+            raise ConnectionFailed(
+                "this executor takes no new sessions, because it is about to end: try another, or "
+                "later"
+            )
         account = None
         if holder is not None:
             account = holder.account
@@ -245,6 +262,39 @@ class Executor:
             case "weight":
                 return self._whole_weight(client, question.get("id"), str(question.get("why")))
         raise ProtocolError(f"unknown request {str(question.get('get'))[:64]!r}")
+
+    # What the operator asks; see `Administration`. Called in the server's thread.
+
+    def status(self) -> Json:
+        """Everything that is counted, of all tenants."""
+        return {**self.describe(), **self._engine.snapshot(), "draining": self._draining}
+
+    def tenants(self) -> Json:
+        """Use and limits of every tenant."""
+        return {} if self._guard is None else self._guard.accounts()
+
+    def reload(self) -> int:
+        """Read the key store anew; how many sessions that has ended. Raises KeyStoreError."""
+        if self._guard is None or self._server is None:
+            raise SymbiosisError("this executor has no key store: serve it with --keys")
+        self._guard.reload()
+        ended = self._guard.outdated()
+        for client in ended:
+            self._server.disconnect(client, refusal())
+        return len(ended)
+
+    def drain(self) -> int:
+        """Take no new sessions; how many there still are."""
+        self._draining = True
+        return len(self._engine.stats.clients)
+
+    def disconnect(self, client: int) -> None:
+        """End one session; it may come back. Raises SymbiosisError if there is none."""
+        gone = ConnectionLost("the operator has ended this session")
+        if self._server is None or not self._server.disconnect(client, gone):
+            raise SymbiosisError(
+                f"there is no client {client}; `symbiosis admin status` lists them"
+            )
 
     def _tenant_of(self, client: int) -> Tenant | None:
         return None if self._guard is None else self._guard.tenant_of(client)
@@ -308,6 +358,13 @@ class Executor:
             "fetch": self._fetch_policy(client),
             "max_payload_bytes": self._limits.payload_bytes,
         }
+
+
+def _admin_address(url: str) -> Address:
+    address = Address.parse(url)
+    if address.path is None:
+        raise ConnectionFailed(f"administration goes over unix:///path.sock only, not {url}")
+    return address
 
 
 def _terms(hello: Json) -> Terms:

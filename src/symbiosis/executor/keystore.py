@@ -34,7 +34,7 @@ from symbiosis.errors import KeyStoreError
 from symbiosis.executor.tenants import NO_LIMITS, Quota
 
 FetchPolicy = Literal["allow", "deny"]
-REQUESTS = ("stats", "files", "parameters")
+REQUESTS = ("stats", "files", "parameters", "digest")
 """What a tenant may be allowed to ask, besides whole weights, which ``fetch`` governs."""
 
 _PREFIX = "symbiosis-"

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from symbiosis.errors import ConnectionFailed, ConnectionLost, SymbiosisError
+from symbiosis.executor.admin import AdminConnection
 from symbiosis.executor.admission import Admission
 from symbiosis.executor.bounds import Bounds, Budget, Taken
 from symbiosis.executor.connection import Answer, Connection, Desk
@@ -51,6 +52,7 @@ class _Door(NamedTuple):
     context: ssl.SSLContext | None
     is_owned: bool
     """Whether it is ours to remove."""
+    connection: type[Connection]
 
 
 class Server:
@@ -67,9 +69,11 @@ class Server:
         tls: ServerTls | None = None,
         guard: Guard | None = None,
         bounds: Bounds = Bounds(),
+        admin: tuple[Address, Desk] | None = None,
     ) -> None:
         """Starts listening, or goes on with sockets that were ``inherited``, and whose owner will
-        remove what they leave; raises ConnectionFailed. ``tls`` is for the tls:// addresses."""
+        remove what they leave; raises ConnectionFailed. ``tls`` is for the tls:// addresses,
+        ``admin`` a door for the operator."""
         self.engine = engine
         self.limits = limits
         self._selector = selectors.DefaultSelector()
@@ -100,6 +104,8 @@ class Server:
                 self._take(listener, address, desk, context, is_owned=False)
             for address in () if inherited else addresses:
                 self._open(address, desk, tls)
+            if admin is not None:
+                self._take(*listen(admin[0]), admin[1], None, is_owned=True, is_admin=True)
         except BaseException:
             self._close_all()
             raise
@@ -116,12 +122,15 @@ class Server:
         context: ssl.SSLContext | None,
         *,
         is_owned: bool,
+        is_admin: bool = False,
     ) -> None:
         listener.setblocking(False)
-        door = _Door(listener, address, desk, context, is_owned)
+        kind = AdminConnection if is_admin else Connection
+        door = _Door(listener, address, desk, context, is_owned, kind)
         self._doors.append(door)
         self._selector.register(listener, selectors.EVENT_READ, door)
-        self.addresses.append(address)
+        if not is_admin:
+            self.addresses.append(address)
 
     def run(self) -> None:
         """Serve until `stop`; then answer what is queued and close."""
@@ -169,7 +178,8 @@ class Server:
         self._delayed.add(connection)
 
     def disconnect(self, client: int, error: SymbiosisError) -> bool:
-        """End a client's connection and tell it why; False if there is none."""
+        """End a client's connection and tell it why; False if there is none. In the server's
+        thread only."""
         found = [each for each in self._connections if each.client == client]
         for connection in found:
             connection.fail(error)
@@ -319,9 +329,9 @@ class Server:
 
     def _connection(self, accepted: socket.socket, door: _Door) -> Connection:
         if door.context is not None:
-            return Connection(self, TlsSocket(accepted, door.context), "tls", door.desk)
+            return door.connection(self, TlsSocket(accepted, door.context), "tls", door.desk)
         transport = "unix" if accepted.family == socket.AF_UNIX else "tcp"
-        return Connection(self, accepted, transport, door.desk)
+        return door.connection(self, accepted, transport, door.desk)
 
     def _close_all(self) -> None:
         until_s = time.monotonic() + _TAKE_ANSWERS_S

@@ -16,19 +16,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import transformers
-from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
 
 from symbiosis.errors import InvalidInput, ModelError, UnknownWeight
 from symbiosis.executor import quantized
+from symbiosis.executor.model_files import read_model
 from symbiosis.executor.quantized import QuantizedMatrix, Scheme
 from symbiosis.wire.tensors import ALIGNMENT
 from symbiosis.wire.views import Recipe, look
@@ -139,26 +136,7 @@ class Weights:
         started = time.monotonic()
         if quantize is not None:
             quantized.check(quantize)
-        try:
-            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-            _check_dense(config)
-            loaded, report = _model_class(config).from_pretrained(
-                model,
-                config=config,
-                dtype=dtype or "auto",
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-            config_file = cached_file(model, "config.json")
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            raise ModelError(f"cannot host {model!r}: {error}") from error
-        if missing := sorted(report["missing_keys"]):
-            raise ModelError(
-                f"cannot host {model!r}: its files lack {len(missing)} weights, for example "
-                f"{', '.join(missing[:3])}; they would have to be made up"
-            )
-        folder = Path(str(config_file)).parent
+        loaded, folder = read_model(model, dtype)
         weights = cls(loaded.to(device).eval(), model, folder, quantize)
         if quantize is not None:
             del loaded
@@ -314,36 +292,11 @@ def _output_dim(module: nn.Module) -> int | None:
     return 1 if isinstance(module, Conv1D) else None
 
 
-def _check_dense(config: transformers.PreTrainedConfig) -> None:
-    """Raises ValueError for files that are quantised already."""
-    found = getattr(config, "quantization_config", None)
-    if found is not None:
-        settings = found if isinstance(found, dict) else found.to_dict()
-        raise ValueError(
-            f"its files are quantised already ({settings.get('quant_method', 'method unknown')}), "
-            f"which is not supported; host the original files with --quantize int8 or nf4"
-        )
-
-
 def _looked_at(hosted: HostedWeight, tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     try:
         return look(tensor, recipe)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise InvalidInput(f"{hosted.names[0]} cannot be looked at that way: {error}") from None
-
-
-def _model_class(config: transformers.PreTrainedConfig) -> Any:
-    """The class that the configuration names, else the causal LM for its model type."""
-    for name in config.architectures or ():
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, PreTrainedModel):
-            return found
-    if config.architectures:
-        raise ValueError(
-            f"transformers {transformers.__version__} has no model class "
-            f"{config.architectures[0]!r}, and code that comes with a model is not run"
-        )
-    return AutoModelForCausalLM
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:

@@ -27,6 +27,7 @@ from symbiosis.jobs.encode import Encoded, encode, loss_scope, pad_id
 from symbiosis.jobs.hosted import check_hosts, tokenizer_of
 from symbiosis.jobs.record import Progress, RunFolder
 from symbiosis.jobs.spec import FinetuneSpec
+from symbiosis.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,15 @@ class Report:
     versions: dict[str, str]
 
 
-def run(spec: FinetuneSpec, on_event: Callable[[Progress], None] | None = None) -> Report:
+def run(
+    spec: FinetuneSpec,
+    on_event: Callable[[Progress], None] | None = None,
+    *,
+    key: str | None = None,
+    tls: Tls | None = None,
+) -> Report:
     """Train the adapter that ``spec`` describes; ``on_event`` hears of every logged step.
+    ``key`` and ``tls`` are as for `symbiosis.connect`; they are written nowhere.
 
     Raises MethodError, DataError, ModelError, ConnectionFailed and the other errors of a session.
     Interrupted (also by an exception from ``on_event``), it can be resumed from its last
@@ -78,7 +86,12 @@ def run(spec: FinetuneSpec, on_event: Callable[[Progress], None] | None = None) 
     folder.check(resume=spec.resume, overwrite=spec.overwrite)
     name = spec.name or f"finetune {spec.out.name}"
     with symbiosis.connect(
-        spec.base, name=name, priority="training", expect_digest=spec.expect_digest
+        spec.base,
+        name=name,
+        priority="training",
+        expect_digest=spec.expect_digest,
+        key=key,
+        tls=tls,
     ) as base:
         check_hosts(base, spec.expect_model)
         tokenizer = tokenizer_of(base)

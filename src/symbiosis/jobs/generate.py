@@ -26,6 +26,7 @@ from symbiosis.errors import ModelError, SymbiosisError
 from symbiosis.jobs.encode import pad_id
 from symbiosis.jobs.hosted import tokenizer_of
 from symbiosis.jobs.spec import GenerateSpec
+from symbiosis.transport.tls import Tls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,9 +69,16 @@ class Answer:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def run(spec: GenerateSpec, write: Callable[[Piece], None] | None = None) -> list[Answer]:
+def run(
+    spec: GenerateSpec,
+    write: Callable[[Piece], None] | None = None,
+    *,
+    key: str | None = None,
+    tls: Tls | None = None,
+) -> list[Answer]:
     """Answer every prompt with every adapter, prompt by prompt; ``write`` gets the text as it
-    comes. Every adapter is loaded before the first token.
+    comes. Every adapter is loaded before the first token. ``key`` and ``tls`` are as for
+    `symbiosis.connect`.
 
     Raises ModelError for an adapter that does not fit, ConnectionFailed and the other errors of
     a session.
@@ -79,7 +87,12 @@ def run(spec: GenerateSpec, write: Callable[[Piece], None] | None = None) -> lis
         check_adapter_folder(folder)
     name = spec.name or "generate"
     with symbiosis.connect(
-        spec.base, name=name, priority="interactive", expect_digest=spec.expect_digest
+        spec.base,
+        name=name,
+        priority="interactive",
+        expect_digest=spec.expect_digest,
+        key=key,
+        tls=tls,
     ) as base:
         tokenizer = tokenizer_of(base)
         prompts = [_encoded(tokenizer, prompt, spec) for prompt in spec.prompts]

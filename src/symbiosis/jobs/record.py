@@ -4,7 +4,7 @@
 
     OUT/job.json              what decides the result; a resumed run must agree with it
     OUT/progress.jsonl        one record per logged step, written at once
-    OUT/checkpoints/          checkpoint-STEP folders
+    OUT/checkpoints/          checkpoint-STEP folders, each whole: they are written aside first
     OUT/adapter_*             the adapter, as peft loads it
     OUT/curve.csv, curve.png  the learning curve
     OUT/run.json              the outcome; there only when the run has finished
@@ -15,17 +15,23 @@ no torch.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from symbiosis.errors import SymbiosisError
+from safetensors import SafetensorError
+
+from symbiosis.errors import SymbiosisError, WriteFailed
+
+logger = logging.getLogger(__name__)
 
 _FILES = (
     "job.json",
@@ -38,6 +44,8 @@ _FILES = (
 )
 _CHECKPOINTS = "checkpoints"
 _LAST_WRITTEN = "trainer_state.json"  # a checkpoint with it is complete
+WRITING = ".writing"
+"""In the folder of checkpoints: where the next one is written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,17 +102,22 @@ class RunFolder:
         if resume:
             self._check_same(job)
             return
-        self._clear()
-        self.path.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self._clear()
+            self.path.mkdir(parents=True, exist_ok=True)
         _write_json(self.path / "job.json", job)
 
     def last_checkpoint(self) -> Path | None:
-        """The complete checkpoint with the highest step, or None."""
+        """The complete checkpoint with the highest step, or None; says which it leaves out."""
         found = {}
+        for path in self.checkpoints.glob(f"{WRITING}/checkpoint-*"):
+            logger.warning("%s was not written to its end: it is left out", path)
         for path in self.checkpoints.glob("checkpoint-*"):
             match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-            if match and (path / _LAST_WRITTEN).is_file():
+            if match and _is_json(path / _LAST_WRITTEN):
                 found[int(match[1])] = path
+            elif match:
+                logger.warning("%s was not written to its end: it is left out", path)
         return found[max(found)] if found else None
 
     def records(self) -> list[Progress]:
@@ -126,18 +139,21 @@ class RunFolder:
 
     def append(self, record: Progress) -> None:
         """Write a record so that another process sees it at once."""
-        with (self.path / "progress.jsonl").open("a") as opened:
+        file = self.path / "progress.jsonl"
+        with writing(file), file.open("a") as opened:
             opened.write(json.dumps(dataclasses.asdict(record)) + "\n")
 
     def write_curve(self) -> None:
         """``curve.csv`` and ``curve.png`` from the records."""
         records = self.records()
+        file = self.path / "curve.csv"
         columns = ("step", "loss", "eval_loss", "learning_rate", "tokens_per_s", "elapsed_s")
-        with (self.path / "curve.csv").open("w", newline="") as opened:
+        with writing(file), file.open("w", newline="") as opened:
             writer = csv.writer(opened)
             writer.writerow(columns)
             writer.writerows([getattr(record, name) for name in columns] for record in records)
-        _draw(records, self.path / "curve.png")
+        with writing(self.path / "curve.png"):
+            _draw(records, self.path / "curve.png")
 
     def finish(self, report: Mapping[str, Any]) -> None:
         """Write ``run.json``: the run is complete."""
@@ -189,8 +205,36 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 def _replace(path: Path, text: str) -> None:
     """All or nothing, whenever the process ends."""
     fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text)
-    os.replace(fresh, path)
+    with writing(path):
+        fresh.write_text(text)
+        os.replace(fresh, path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What libraries raise when ``path`` cannot be written becomes a WriteFailed that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        free = shutil.disk_usage(_existing(path)).free
+        raise WriteFailed(
+            f"cannot write {path}: {reason} ({free / 1e6:,.0f} MB are free there); the run goes on "
+            f"from its last complete checkpoint with --resume"
+        ) from error
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _draw(records: Sequence[Progress], path: Path) -> None:

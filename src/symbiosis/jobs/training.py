@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from symbiosis.errors import SymbiosisError
 from symbiosis.jobs.encode import IGNORED, Encoded, collate
-from symbiosis.jobs.record import Progress
+from symbiosis.jobs.record import WRITING, Progress, writing
 from symbiosis.jobs.spec import FinetuneSpec
 
 if TYPE_CHECKING:
@@ -61,14 +63,17 @@ def make_trainer(
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """The adapter as peft loads it. Base embeddings are never among it: they are frozen, and
-    peft's check whether they were resized would ask the hub."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    peft's check whether they were resized would ask the hub. Raises WriteFailed."""
+    with writing(folder / "adapter_model.safetensors"):
+        model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 class AdapterTrainer(Trainer):  # type: ignore[misc]
     """Trainer for a PEFT model on a hosted base."""
 
     control: Any
+    _aside: Path | None = None
+    """Where a checkpoint is being written."""
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out loss, the mean over all tokens that carry loss, as ``eval_loss``."""
@@ -99,6 +104,31 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """It was built where it belongs."""
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Whole or not at all, whenever the process or the machine ends: written aside, and
+        renamed when it is on the disk. Of the others the last one is kept."""
+        checkpoints = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        with writing(checkpoints / name):
+            aside = checkpoints / WRITING
+            shutil.rmtree(aside, ignore_errors=True)
+            self._aside = aside
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._aside = None
+            for file in (aside / name).iterdir():
+                _to_disk(file)
+            _move_over(aside / name, checkpoints / name)
+            _to_disk(checkpoints)
+            others = [path for path in checkpoints.glob("checkpoint-*") if path.name != name]
+            for path in sorted(others, key=lambda path: path.stat().st_mtime)[:-1]:
+                _move_over(path, aside / name)
+            shutil.rmtree(aside)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._aside or super()._get_output_dir(trial))
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         save_adapter(self.model, folder)
@@ -121,6 +151,21 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
                 parameter.copy_(saved[name])
         if (allocator := _rank_allocator(self.model)) is not None:
             _load_ranks(self.model, allocator, Path(resume_from_checkpoint) / _RANKS)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _move_over(path: Path, target: Path) -> None:
+    """Rename a folder; one that is there goes first."""
+    if target.exists():
+        shutil.rmtree(target)
+    path.rename(target)
 
 
 class ProgressReporter(TrainerCallback):  # type: ignore[misc]
