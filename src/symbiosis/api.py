@@ -68,7 +68,8 @@ def connect(
 
     ``privacy`` hides what is sent from whoever runs the executor: ``plain`` (nothing is hidden),
     ``masked-local``, or a `symbiosis.Privacy` that says more; `Session.privacy_report` says what
-    that promises. A helper that it names is trusted by ``tls.ca`` too; ``key`` and certificate never go there.
+    that promises. A helper that it names is trusted by ``tls.ca`` too; ``key`` and certificate
+    never go there.
 
     Raises ConnectionFailed, AuthenticationFailed, QuotaExceeded, ProtocolError, ModelError,
     PrivacyError.

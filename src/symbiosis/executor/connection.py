@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from symbiosis.errors import ProtocolError, SymbiosisError
+from symbiosis.errors import ConnectionLost, ProtocolError, SymbiosisError
+from symbiosis.executor.bounds import FREE_BYTES, Bounds, Progress, Reading, Taken
 from symbiosis.executor.ops import Plan
 from symbiosis.executor.ring import only_ring
 from symbiosis.executor.tenants import Account
@@ -31,6 +32,7 @@ from symbiosis.wire.frames import (
     FrameReader,
     Json,
     Kind,
+    Postponed,
     Rejected,
     error_frame,
     json_frame,
@@ -50,8 +52,8 @@ are not taken, the connection is not read: that is the back-pressure."""
 
 _JOINED_BYTES = 1 << 16
 
-Answer = tuple[int, Result | SymbiosisError, Places | None, int]
-"""Request, outcome, the places for its results, and the bytes of its inputs."""
+Answer = tuple[int, Result | SymbiosisError, Places | None, Taken]
+"""Request, outcome, the places for its results, and what the exchange has taken."""
 
 
 class Desk(Protocol):
@@ -84,7 +86,9 @@ class Connection:
         self._arena: AttachedArena | None = None
         self._outbox: deque[memoryview] = deque()
         self._in_flight = 0
-        self._arriving_bytes = 0  # of an exchange that its account knows and the engine does not
+        self._arriving = Taken()  # by an exchange that the engine does not know yet
+        self._unsent_bytes = 0  # of the budget, by answers that are not sent yet
+        self._progress = Progress(server.watched_s)
         self._events = selectors.EVENT_READ
         self._held_back = False  # frames wait in the reader until answers are taken
         self._closed = False
@@ -162,12 +166,13 @@ class Connection:
         request: int,
         outcome: Result | SymbiosisError,
         places: Places | None = None,
-        input_bytes: int = 0,
+        taken: Taken = Taken(),
     ) -> None:
         """An exchange has been computed or refused."""
         if self.account is not None:
-            self.account.end(input_bytes)
+            self.account.end(taken.input_bytes)
         if self._closed:
+            self._give_back(taken.memory_bytes)
             return
         self._in_flight -= 1
         if isinstance(outcome, SymbiosisError):
@@ -185,9 +190,31 @@ class Connection:
             parts = exchange_parts(Kind.RESULT, request, meta, specs, tensors)
             self._count(bytes_out=sum(map(len, parts)))
             self._send(parts)
+        if self._outbox:
+            self._unsent_bytes += taken.memory_bytes
+        else:
+            self._give_back(taken.memory_bytes)
         if self._held_back:
             self._server.resume(self)
         self._update_events()
+
+    def look(self, bounds: Bounds, now_s: float) -> None:
+        """End it if it is overdue; ``now_s`` counts only time in which sockets were looked
+        after."""
+        reading = Reading.NOTHING
+        if self._reader.mid_frame and not self._is_busy:
+            reading = Reading.PAYLOAD if self._reader.in_payload else Reading.HEAD
+        reason = self._progress.overdue(
+            bounds,
+            now_s,
+            greeted=self._client is not None,
+            reading=reading,
+            unsent=bool(self._outbox),
+            crowded=self._server.budget.crowded,
+        )
+        if reason is not None:
+            logger.warning("client %s is too slow, its connection ends: %s", self._client, reason)
+            self.fail(ConnectionLost(f"too slow: {reason}"))
 
     def flush_until(self, until_s: float) -> None:
         """Give the client time to take its answers, before `fail`."""
@@ -217,8 +244,8 @@ class Connection:
         self._arena = None
         self._outbox.clear()
         self._server.closed(self)
-        if self.account is not None:
-            self.account.end(self._arriving_bytes)
+        self._abandon_arriving()
+        self._give_back(self._unsent_bytes)
         if self._client is not None:
             self._desk.detach(self._client)
 
@@ -233,6 +260,7 @@ class Connection:
         if not received:
             self.close()
             return
+        self._progress.received += received
         self._reader.received(received)
         self._work()
 
@@ -257,14 +285,17 @@ class Connection:
         while not self._closed:
             if self._outbox or self._in_flight >= MAX_IN_FLIGHT:
                 self._held_back = True
+                self._server.leave_line(self)  # if it waits for memory, it must not hold up others
                 break
             if self.account is not None and self._is_over_quota(self.account):
                 self._held_back = True
                 self._server.delay(self)
+                self._server.leave_line(self)
                 break
             frame = self._reader.next()
             if frame is None:
                 break
+            self._progress.frames += 1
             if isinstance(frame, Rejected):
                 self._refuse(frame)
             else:
@@ -273,17 +304,36 @@ class Connection:
 
     def _is_over_quota(self, account: Account) -> bool:
         """Must what has not begun to arrive wait? What has begun is on its account already."""
-        return not self._arriving_bytes and account.delay_s(self._server.engine.clock()) > 0
+        return not self._arriving.input_bytes and account.delay_s(self._server.engine.clock()) > 0
 
     def _admit(self, kind: Kind, meta: bytes, payload_bytes: int) -> object:
         """Before memory is allocated: does the exchange fit the model's table, and the quota?"""
         admitted = self._fit(kind, meta, payload_bytes)
-        if admitted is not None and self.account is not None:
-            exchange, plan, _ = admitted
-            num_bytes = offsets(exchange.specs)[1]
-            self.account.begin(num_bytes, plan.rows, self._server.engine.clock())
-            self._arriving_bytes = num_bytes
+        if admitted is None:
+            return None
+        exchange, plan, _ = admitted
+        memory_bytes, input_bytes = payload_bytes + plan.result_bytes, 0
+        if memory_bytes <= FREE_BYTES:
+            memory_bytes = 0
+        elif not self._server.take(self, memory_bytes):
+            self._held_back = True
+            raise Postponed
+        if self.account is not None:
+            input_bytes = offsets(exchange.specs)[1]
+            self.account.begin(input_bytes, plan.rows, self._server.engine.clock())
+        self._arriving = Taken(input_bytes, memory_bytes)
         return admitted
+
+    def _abandon_arriving(self) -> None:
+        """An exchange that was admitted will not be complete."""
+        arriving, self._arriving = self._arriving, Taken()
+        if self.account is not None:
+            self.account.end(arriving.input_bytes)
+        self._give_back(arriving.memory_bytes)
+
+    def _give_back(self, memory_bytes: int) -> None:
+        if memory_bytes:
+            self._server.give_back(memory_bytes)
 
     def _fit(
         self, kind: Kind, meta: bytes, payload_bytes: int
@@ -305,6 +355,7 @@ class Connection:
 
     def _refuse(self, rejected: Rejected) -> None:
         assert self._client is not None
+        self._abandon_arriving()  # there was no memory for it
         self._server.engine.refused(self._client)
         self._send([error_frame(rejected.request, rejected.error)])
 
@@ -323,6 +374,7 @@ class Connection:
         names = () if self._tls is None else self._tls.peer_names()
         client, welcome = self._desk.attach(hello, self._transport, names)
         self._client = client
+        self._server.greeted(self)
         self.account = self._server.engine.account_of(client)
         self._masked = hello.get("masked") is not None
         if self._descriptors:
@@ -340,7 +392,7 @@ class Connection:
     ) -> None:
         assert self._client is not None
         self._in_flight += 1
-        input_bytes, self._arriving_bytes = self._arriving_bytes, 0
+        taken, self._arriving = self._arriving, Taken()
         self._count(bytes_in=len(frame.meta) + len(frame.payload))
         place = None
         if places is None:
@@ -353,7 +405,7 @@ class Connection:
             self._client,
             exchange._replace(tensors=tensors, place=place),
             plan,
-            lambda outcome: self._server.reply(self, frame.request, outcome, places, input_bytes),
+            lambda outcome: self._server.reply(self, frame.request, outcome, places, taken),
         )
 
     def _request(self, frame: Frame) -> None:
@@ -415,6 +467,7 @@ class Connection:
                 sent = self.socket.send(self._outbox[0])
             except BlockingIOError:
                 break
+            self._progress.sent += sent
             if sent == len(self._outbox[0]):
                 self._outbox.popleft()
             else:
@@ -422,15 +475,24 @@ class Connection:
 
     def _flush(self) -> None:
         self._flush_outbox()
+        if self._unsent_bytes and not self._outbox:
+            unsent_bytes, self._unsent_bytes = self._unsent_bytes, 0
+            self._give_back(unsent_bytes)
         if self._held_back and not self._outbox:
             self._server.resume(self)
         self._update_events()
 
+    @property
+    def _is_busy(self) -> bool:
+        """Nothing is read from it for now."""
+        return bool(self._outbox) or self._held_back or self._in_flight >= MAX_IN_FLIGHT
+
     def _update_events(self) -> None:
         if self._closed:
             return
-        busy = self._held_back or self._in_flight >= MAX_IN_FLIGHT
-        events = selectors.EVENT_WRITE if self._outbox else 0 if busy else selectors.EVENT_READ
+        events = selectors.EVENT_WRITE if self._outbox else selectors.EVENT_READ
+        if self._is_busy:
+            events &= ~selectors.EVENT_READ
         if self._tls is not None:
             events = self._tls.waits_for or events
         if events != self._events:

@@ -26,6 +26,7 @@ from symbiosis.errors import (
     SymbiosisError,
 )
 from symbiosis.executor.admin import Administration
+from symbiosis.executor.bounds import Bounds
 from symbiosis.executor.digests import ModelDigest
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.guard import Guard, check_reach, refusal
@@ -64,14 +65,16 @@ class Executor:
         max_payload_bytes: int = 1 << 30,
         masked: Sequence[Bits] = (),
         keys: Path | None = None,
+        bounds: Bounds = Bounds(),
     ) -> None:
         """``fetch`` says whether clients may read whole weights (DoRA, merging, ...). ``masked``
         offers masked exchanges, with weights of 8 or 16 bits, which are kept beside the others.
         ``keys`` is a key store: with it, every client of another process has to show that it
-        belongs to a tenant. Raises KeyStoreError."""
+        belongs to a tenant. ``bounds`` are for what listens. Raises KeyStoreError."""
         self.weights = weights
         offer(weights, tuple(masked))
         self._masked_clients: set[int] = set()
+        self._bounds = bounds
         self.digest = ModelDigest(weights)
         self._fetch = fetch
         self._limits = Limits(payload_bytes=max_payload_bytes)
@@ -155,6 +158,7 @@ class Executor:
             inherited,
             tls=tls,
             guard=self._guard,
+            bounds=self._bounds,
             admin=None if admin is None else (_admin_address(admin), Administration(self)),
         )
         self._server = server
@@ -261,7 +265,8 @@ class Executor:
         ProtocolError."""
         asked = question.get("get")
         tenant = self._tenant_of(client)
-        if tenant is not None and asked != "weight" and asked not in tenant.requests:
+        free = asked in ("weight", "digest")  # the one has a policy of its own, all need the other
+        if tenant is not None and not free and asked not in tenant.requests:
             raise RequestRefused(
                 f"tenant {tenant.name} may not ask for {str(asked)[:64]!r} here; what it may is "
                 f"for the operator to say, in the key store"

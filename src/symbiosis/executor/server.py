@@ -8,6 +8,7 @@ sockets; frames and what they ask for are the business of a `Connection`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import selectors
@@ -24,6 +25,7 @@ import torch
 from symbiosis.errors import ConnectionFailed, ConnectionLost, SymbiosisError
 from symbiosis.executor.admin import AdminConnection
 from symbiosis.executor.admission import Admission
+from symbiosis.executor.bounds import Bounds, Budget, Taken
 from symbiosis.executor.connection import Answer, Connection, Desk
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.guard import LOOK_EVERY_S, Guard, refusal
@@ -34,6 +36,8 @@ from symbiosis.wire.frames import Limits
 from symbiosis.wire.places import Places
 
 logger = logging.getLogger(__name__)
+
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 _TAKE_ANSWERS_S = 5.0
 """That all clients together have at the end to take answers that wait for them."""
@@ -64,6 +68,7 @@ class Server:
         *,
         tls: ServerTls | None = None,
         guard: Guard | None = None,
+        bounds: Bounds = Bounds(),
         admin: tuple[Address, Desk] | None = None,
     ) -> None:
         """Starts listening, or goes on with sockets that were ``inherited``, and whose owner will
@@ -76,7 +81,15 @@ class Server:
         self._delayed: set[Connection] = set()  # by their tenant's quota
         self._doors: list[_Door] = []
         self.addresses: list[Address] = []
+        self.bounds = bounds
+        self.budget: Budget[Connection] = Budget(bounds.memory_bytes)
+        self.watched_s = 0.0
+        """Time in which sockets were looked after: a long batch is no client's fault."""
+        self._look_s = min(1.0, min(bounds.greeting_s, bounds.frame_s, bounds.window_s) / 4)
+        self._looked_at_s = engine.clock()
+        self._deaf = False  # no further connections are accepted for now
         self._connections: set[Connection] = set()
+        self._strangers: dict[Connection, None] = {}  # have not greeted; the oldest first
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
@@ -146,13 +159,13 @@ class Server:
         request: int,
         outcome: Result | SymbiosisError,
         places: Places | None = None,
-        input_bytes: int = 0,
+        taken: Taken = Taken(),
     ) -> None:
         """Send an answer; from any thread."""
         if threading.get_ident() == self._thread:
-            connection.answer(request, outcome, places, input_bytes)
+            connection.answer(request, outcome, places, taken)
         else:
-            answer = (request, outcome, places, input_bytes)
+            answer = (request, outcome, places, taken)
             self._from_other_threads.append((connection, answer))
             self._waker.send(b"\0")
 
@@ -172,9 +185,34 @@ class Server:
             connection.fail(error)
         return bool(found)
 
+    def greeted(self, connection: Connection) -> None:
+        """A connection is a client's now."""
+        self._strangers.pop(connection, None)
+
+    def take(self, connection: Connection, memory_bytes: int) -> bool:
+        """May an exchange have that much memory now? Else its connection waits in line."""
+        found = self.budget.take(connection, memory_bytes)
+        if found:
+            self.give_back(0)  # there may be room for the next, too
+        return found
+
+    def leave_line(self, connection: Connection) -> None:
+        """A connection waits for something else first."""
+        if self.budget.crowded:
+            self.budget.leave(connection)
+            self.give_back(0)
+
+    def give_back(self, memory_bytes: int) -> None:
+        """An exchange has been answered: whoever waits for memory may have it."""
+        self.budget.give(memory_bytes)
+        if self.budget.crowded and (who := self.budget.next_in_line()) is not None:
+            self._resumable.add(who)
+
     def closed(self, connection: Connection) -> None:
         """A connection has ended: release what it held."""
         self._connections.discard(connection)
+        self._strangers.pop(connection, None)
+        self.budget.leave(connection)
         self._delayed.discard(connection)
 
     def watch(self, connection: Connection, events: int) -> None:
@@ -202,15 +240,29 @@ class Server:
             self._look_after_tenants(self._guard)
         while self._resumable:
             self._resumable.pop().resume()
+        if self.engine.clock() - self._looked_at_s >= self._look_s:
+            self._look_after_connections()
 
     def _wait_s(self) -> float | None:
         """How long nothing has to be done unless something comes in."""
         wait_s = self.engine.wait_s()
+        if self._connections or self._deaf:
+            wait_s = self._look_s if wait_s is None else min(wait_s, self._look_s)
         if self._guard is None:
             return wait_s
         now_s = self.engine.clock()
         delays_s = [c.account.delay_s(now_s) for c in self._delayed if c.account is not None]
         return min([LOOK_EVERY_S, *delays_s, *([] if wait_s is None else [wait_s])])
+
+    def _look_after_connections(self) -> None:
+        """End those that are overdue; try again to accept; let the next in line have memory."""
+        now_s = self.engine.clock()
+        self.watched_s += min(now_s - self._looked_at_s, 2 * self._look_s)
+        self._looked_at_s = now_s
+        for connection in list(self._connections):
+            connection.look(self.bounds, self.watched_s)
+        self._listen_again()
+        self.give_back(0)
 
     def _look_after_tenants(self, guard: Guard) -> None:
         now_s = self.engine.clock()
@@ -231,8 +283,12 @@ class Server:
     def _accept(self, door: _Door) -> None:
         try:
             accepted, _ = door.listener.accept()
-        except OSError as error:  # the peer gave up, or no descriptors are left
+        except BlockingIOError:
+            return
+        except OSError as error:
             logger.warning("could not accept a connection: %s", error)
+            if error.errno in _EXHAUSTED:  # until one closes, or the next look
+                self._hear(False)
             return
         accepted.setblocking(False)
         tune(accepted)
@@ -243,7 +299,33 @@ class Server:
             accepted.close()
             return
         self._connections.add(connection)
+        self._strangers[connection] = None
         self.watch(connection, selectors.EVENT_READ)
+        self._make_room(connection)
+
+    def _make_room(self, newest: Connection) -> None:
+        """Too many clients: no more. Too many that have not greeted: the oldest of them goes, for
+        clients greet at once."""
+        if len(self._connections) - len(self._strangers) >= self.bounds.connections:
+            newest.fail(_full(f"serves {self.bounds.connections} clients already"))
+        elif len(self._strangers) > self.bounds.strangers:
+            next(iter(self._strangers)).fail(_full("is being connected to by too many at once"))
+
+    def _hear(self, hear: bool) -> None:
+        """Accept connections, or leave them to wait: a listener that cannot be accepted from is
+        ready for ever, and would keep the loop spinning."""
+        if self._deaf is not hear:
+            return
+        self._deaf = not hear
+        for door in self._doors:
+            if hear:
+                self._selector.register(door.listener, selectors.EVENT_READ, door)
+            else:
+                self._selector.unregister(door.listener)
+
+    def _listen_again(self) -> None:
+        if not self._stopping:
+            self._hear(True)
 
     def _connection(self, accepted: socket.socket, door: _Door) -> Connection:
         if door.context is not None:
@@ -264,6 +346,10 @@ class Server:
         self._selector.close()
         self._woken.close()
         self._waker.close()
+
+
+def _full(reason: str) -> ConnectionFailed:
+    return ConnectionFailed(f"this executor {reason}: try again later")
 
 
 def _context(address: Address, tls: ServerTls | None) -> ssl.SSLContext | None:
