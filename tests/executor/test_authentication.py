@@ -303,6 +303,18 @@ def _tenants(executor: Executor) -> dict[str, dict[str, int]]:
     return executor._guard.accounts()  # type: ignore[return-value]
 
 
+def test_a_client_that_leaves_while_it_is_delayed_is_forgotten(
+    guarded: Guarded, start: Callable[..., Executor]
+) -> None:
+    """Its tenant's rate would keep it waiting, unread, for two hours."""
+    guarded.grant(ann={"rows_per_s": 0.1, "burst_rows": 1})
+    executor = start()
+    with guarded.connect(guarded.ann) as ann:
+        ann.lookup(torch.zeros(1, 700, dtype=torch.int64), 1, ())
+    while _tenants(executor)["ann"]["sessions"]:
+        time.sleep(0.05)
+
+
 def test_executor_time_runs_out_for_one_tenant_only(
     guarded: Guarded, start: Callable[..., Executor]
 ) -> None:

@@ -51,7 +51,7 @@ def server_tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> S
 def check(doors: Doors, keys: Path | None) -> None:
     """Find out before minutes are spent on loading. Raises ConnectionFailed, KeyStoreError."""
     from symbiosis.executor import keystore
-    from symbiosis.executor.guard import check_reach
+    from symbiosis.executor.guard import admin_address, check_reach, context_for
     from symbiosis.transport.sockets import Address
 
     addresses = [Address.parse(url) for url in doors.urls]
@@ -59,10 +59,10 @@ def check(doors: Doors, keys: Path | None) -> None:
     check_reach(addresses, keys is not None or mutual, doors.allow_remote)
     if keys is not None:
         keystore.read(keys)
-    if doors.tls is not None:
-        doors.tls.context()
+    for address in addresses:
+        context_for(address, doors.tls)
     if doors.admin is not None:
-        addresses.append(Address.parse(doors.admin))
+        addresses.append(admin_address(doors.admin))
     for address in addresses:
         _try(address)
 

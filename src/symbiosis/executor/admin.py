@@ -66,7 +66,7 @@ class Administration:
                 return {"sessions": executor.drain()}
             case "disconnect":
                 number = question.get("client")
-                executor.disconnect(number if isinstance(number, int) else -1)
+                executor.disconnect(number if type(number) is int else 0)
                 return {}
         raise ProtocolError(f"unknown verb {str(verb)[:64]!r}; there are {', '.join(VERBS)}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import select
 import selectors
 import socket
 import time
@@ -98,6 +99,13 @@ class Connection:
     def client(self) -> int | None:
         """Its number, once it has greeted."""
         return self._client
+
+    @property
+    def has_hung_up(self) -> bool:
+        """Has the client closed its end? For a connection that is not read."""
+        poller = select.poll()
+        poller.register(self.socket.fileno(), select.POLLRDHUP)
+        return bool(poller.poll(0))
 
     def ready(self, events: int) -> None:
         """The socket can be read, or written again."""

@@ -29,7 +29,7 @@ from symbiosis.executor.admin import Administration
 from symbiosis.executor.bounds import Bounds
 from symbiosis.executor.digests import ModelDigest
 from symbiosis.executor.engine import Engine
-from symbiosis.executor.guard import Guard, check_reach, refusal
+from symbiosis.executor.guard import Guard, admin_address, check_reach, refusal
 from symbiosis.executor.keystore import FetchPolicy, Tenant
 from symbiosis.executor.quantized import Scheme
 from symbiosis.executor.ring import describe, not_offered, offer, only_ring
@@ -159,7 +159,7 @@ class Executor:
             tls=tls,
             guard=self._guard,
             bounds=self._bounds,
-            admin=None if admin is None else (_admin_address(admin), Administration(self)),
+            admin=None if admin is None else (admin_address(admin), Administration(self)),
         )
         self._server = server
         self.digest.start()
@@ -317,7 +317,8 @@ class Executor:
     def disconnect(self, client: int) -> None:
         """End one session; it may come back. Raises SymbiosisError if there is none."""
         gone = ConnectionLost("the operator has ended this session")
-        if self._server is None or not self._server.disconnect(client, gone):
+        server = self._server if client > 0 else None  # below 0: operators, not clients
+        if server is None or not server.disconnect(client, gone):
             raise SymbiosisError(
                 f"there is no client {client}; `symbiosis admin status` lists them"
             )
@@ -386,13 +387,6 @@ class Executor:
             "max_payload_bytes": self._limits.payload_bytes,
             "masked": list(weights.ring),
         }
-
-
-def _admin_address(url: str) -> Address:
-    address = Address.parse(url)
-    if address.path is None:
-        raise ConnectionFailed(f"administration goes over unix:///path.sock only, not {url}")
-    return address
 
 
 def _terms(hello: Json) -> Terms:

@@ -7,6 +7,7 @@ the executor's own process do not pass here: they could read its memory anyway.
 from __future__ import annotations
 
 import logging
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -18,6 +19,7 @@ from symbiosis.executor import keystore
 from symbiosis.executor.keystore import Tenant
 from symbiosis.executor.tenants import Account
 from symbiosis.transport.sockets import Address
+from symbiosis.transport.tls import ServerTls
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +175,23 @@ def check_reach(addresses: Sequence[Address], asks: bool, allow_remote: bool) ->
             f"tls://HOST:PORT with --tls-cert and --tls-key, and give --keys or "
             f"--tls-client-ca; or read `symbiosis serve --help` on --allow-remote"
         )
+
+
+def admin_address(url: str) -> Address:
+    """Raises ConnectionFailed for what is no UNIX socket."""
+    address = Address.parse(url)
+    if address.path is None:
+        raise ConnectionFailed(f"administration goes over unix:///path.sock only, not {url}")
+    return address
+
+
+def context_for(address: Address, tls: ServerTls | None) -> ssl.SSLContext | None:
+    """None for an address without TLS. Raises ConnectionFailed."""
+    if not address.is_tls:
+        return None
+    if tls is None:
+        raise ConnectionFailed(f"{address} needs a certificate: give --tls-cert and --tls-key")
+    return tls.context()
 
 
 def refusal() -> AuthenticationFailed:

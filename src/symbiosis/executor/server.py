@@ -28,7 +28,7 @@ from symbiosis.executor.admission import Admission
 from symbiosis.executor.bounds import Bounds, Budget, Taken
 from symbiosis.executor.connection import Answer, Connection, Desk
 from symbiosis.executor.engine import Engine
-from symbiosis.executor.guard import LOOK_EVERY_S, Guard, refusal
+from symbiosis.executor.guard import LOOK_EVERY_S, Guard, context_for, refusal
 from symbiosis.transport.sockets import Address, listen, tune
 from symbiosis.transport.tls import ServerTls, TlsSocket
 from symbiosis.wire.exchange import Result
@@ -79,6 +79,7 @@ class Server:
         self._selector = selectors.DefaultSelector()
         self._guard = guard
         self._delayed: set[Connection] = set()  # by their tenant's quota
+        self._hung_up_at_s = 0.0  # when to look whether they are still there: nobody reads them
         self._doors: list[_Door] = []
         self.addresses: list[Address] = []
         self.bounds = bounds
@@ -100,7 +101,7 @@ class Server:
         self._thread = threading.get_ident()
         try:
             for listener, address in inherited:
-                context = _context(address, tls)
+                context = context_for(address, tls)
                 self._take(listener, address, desk, context, is_owned=False)
             for address in () if inherited else addresses:
                 self._open(address, desk, tls)
@@ -111,7 +112,7 @@ class Server:
             raise
 
     def _open(self, address: Address, desk: Desk, tls: ServerTls | None) -> None:
-        context = _context(address, tls)  # its files come first
+        context = context_for(address, tls)  # its files come first
         self._take(*listen(address), desk, context, is_owned=True)
 
     def _take(
@@ -272,6 +273,10 @@ class Server:
                 self._resumable.add(connection)
         for client in guard.look():
             self.disconnect(client, refusal())
+        if now_s >= self._hung_up_at_s:
+            self._hung_up_at_s = now_s + LOOK_EVERY_S
+            for connection in [each for each in self._delayed if each.has_hung_up]:
+                connection.close()
 
     def _drain_waker(self) -> None:
         try:
@@ -351,11 +356,3 @@ class Server:
 
 def _full(reason: str) -> ConnectionFailed:
     return ConnectionFailed(f"this executor {reason}: try again later")
-
-
-def _context(address: Address, tls: ServerTls | None) -> ssl.SSLContext | None:
-    if not address.is_tls:
-        return None
-    if tls is None:
-        raise ConnectionFailed(f"{address} needs a certificate: give --tls-cert and --tls-key")
-    return tls.context()
