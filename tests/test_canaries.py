@@ -13,6 +13,7 @@ import logging
 import re
 import struct
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import peft
 import pytest
