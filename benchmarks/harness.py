@@ -67,10 +67,22 @@ def environment(*, passive: bool) -> dict[str, str]:
 class Worker:
     """A process that holds a model, whole or split, and runs units of work on command."""
 
-    def __init__(self, model: str, *, threads: int, passive: bool, seed: int = 0) -> None:
-        """``model``: a folder (the whole model in that process) or an executor's URL."""
+    def __init__(
+        self,
+        model: str,
+        *,
+        threads: int,
+        passive: bool,
+        seed: int = 0,
+        privacy: dict[str, Any] | None = None,
+    ) -> None:
+        """``model``: a folder (the whole model in that process) or an executor's URL;
+        ``privacy``: options of a `symbiosis.Privacy`."""
         self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), model, str(threads), str(seed)],
+            [
+                *(sys.executable, str(WORKER), model, str(threads), str(seed)),
+                json.dumps(privacy or {}),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -11,6 +11,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Processes that tests start find the tests' own modules.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+)
+
 import hypothesis
 import pytest
 import torch

@@ -17,13 +17,26 @@ if TYPE_CHECKING:
     from symbiosis.api import connect
     from symbiosis.client.session import Session
     from symbiosis.executor.executor import Executor
+    from symbiosis.privacy.modes import Privacy, PrivacyReport
     from symbiosis.transport.tls import Tls
 
 __version__ = "0.1.0"
-__all__ = ["Executor", "Session", "SymbiosisError", "Tls", "__version__", "connect", "errors"]
+__all__ = [
+    "Executor",
+    "Privacy",
+    "PrivacyReport",
+    "Session",
+    "SymbiosisError",
+    "Tls",
+    "__version__",
+    "connect",
+    "errors",
+]
 
 _HOMES = {
     "connect": "symbiosis.api",
+    "Privacy": "symbiosis.privacy.modes",
+    "PrivacyReport": "symbiosis.privacy.modes",
     "Executor": "symbiosis.executor.executor",
     "Session": "symbiosis.client.session",
     "Tls": "symbiosis.transport.tls",

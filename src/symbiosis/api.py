@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from symbiosis.client.session import PriorityName, Session
+from symbiosis.client.private import PrivateSession
+from symbiosis.client.session import Opener, PriorityName, Session
 from symbiosis.client.verifying import Trust
+from symbiosis.privacy.modes import Mode, Privacy
 from symbiosis.transport.sockets import Address, SocketChannel
 from symbiosis.transport.tls import Secret, Tls
 
@@ -30,6 +34,7 @@ def connect(
     expect_digest: str | None = None,
     verify: float = 0.0,
     weights: str | None = None,
+    privacy: Mode | Privacy | None = None,
 ) -> Session:
     """Open a session with the executor at ``base``.
 
@@ -61,31 +66,37 @@ def connect(
     weights; with ``weights``, a folder with the model that you trust, also one that computes
     with others from the start. See decision 15 for what each finds.
 
-    Raises ConnectionFailed, AuthenticationFailed, QuotaExceeded, ProtocolError, ModelError.
+    ``privacy`` hides what is sent from whoever runs the executor: ``plain`` (nothing is hidden),
+    ``masked-local``, or a `symbiosis.Privacy` that says more; `Session.privacy_report` says what
+    that promises. A helper that it names is trusted by ``tls.ca`` too; ``key`` and certificate
+    never go there.
+
+    Raises ConnectionFailed, AuthenticationFailed, QuotaExceeded, ProtocolError, ModelError,
+    PrivacyError.
     """
     trust = Trust.of(expect_digest, verify, weights)
-    if not isinstance(base, str):
-        return Session(
-            base.open_channel,
-            "inproc",
-            name=name,
-            priority=priority,
-            weight=weight,
-            deadline_ms=deadline_ms,
-            retry_s=retry_s,
-            trust=trust,
-        )
-    url = str(Address.parse(base))
-    opener = functools.partial(
-        SocketChannel,
-        url,
-        timeout_s=timeout_s,
-        silence_s=silence_s,
-        arena_bytes=arena_bytes,
-        key=None if key is None else Secret(key),
-        tls=tls,
+    chosen = Privacy.of(privacy)
+    dial = functools.partial(
+        SocketChannel, timeout_s=timeout_s, silence_s=silence_s, arena_bytes=arena_bytes
     )
-    return Session(
+    make: Callable[..., Session] = Session
+    if not chosen.is_plain:
+        helper = None
+        if chosen.helper is not None:
+            address = Address.parse(chosen.helper)
+            chosen = replace(chosen, helper=str(address))
+            # Of another operator, who is told nothing that is meant for the executor's.
+            trusted = None if tls is None or not address.is_tls else Tls(ca=tls.ca)
+            helper = functools.partial(dial, str(address), tls=trusted)
+        make = functools.partial(PrivateSession, privacy=chosen, helper=helper)
+    opener: Opener
+    if isinstance(base, str):
+        url = str(Address.parse(base))
+        secret = None if key is None else Secret(key)
+        opener = functools.partial(dial, url, key=secret, tls=tls)
+    else:
+        url, opener = "inproc", base.open_channel
+    return make(
         opener,
         url,
         name=name,

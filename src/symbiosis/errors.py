@@ -19,6 +19,7 @@
     │   └── FetchRefused        this executor does not hand out its weights
     ├── KeyStoreError           the file of keys and tenants is malformed, or others can read it
     ├── UnsupportedOperation    no meaning is defined for this use of a remote weight
+    ├── PrivacyError            a privacy mode cannot keep its promise, so nothing was sent
     ├── ModelError              a model folder cannot be hosted, or is not the one hosted here
     ├── WriteFailed             a file could not be written, because the disk is full for example
     ├── DataError               a line of a data set is malformed
@@ -131,6 +132,12 @@ class UnsupportedOperation(SymbiosisError, NotImplementedError):
     """A remote weight was used in a way that has no remote meaning."""
 
     code = "unsupported-operation"
+
+
+class PrivacyError(SymbiosisError):
+    """A privacy mode cannot keep its promise; what would have broken it was not sent."""
+
+    code = "privacy"
 
 
 class ModelError(SymbiosisError):

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from processes import Outcome, Served, finish, serve
 
 import tiny_files
+from command_line import Outcome, Served, finish, serve
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import peft
 import torch
-from processes import Outcome, Served, finish, run, serve, start
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from command_line import Outcome, Served, finish, run, serve, start
 from symbiosis.jobs import finetune
 from symbiosis.jobs.spec import FinetuneSpec
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from processes import Outcome, Served, finish, start
 from rich.console import Console
 
+from command_line import Outcome, Served, finish, start
 from symbiosis.cli import console, serve, status
 from symbiosis.cli.progress import progress_of
 from symbiosis.executor.executor import FetchPolicy

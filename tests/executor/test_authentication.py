@@ -212,7 +212,7 @@ def test_a_tenant_sees_its_own_clients_and_nothing_of_others(
 
 
 def test_what_a_tenant_may_ask(guarded: Guarded, start: Callable[..., Executor]) -> None:
-    guarded.grant(ann={"fetch": "deny", "requests": ["files"]}, bob={"fetch": "allow"})
+    guarded.grant(ann={"fetch": "deny", "requests": ["files", "digest"]}, bob={"fetch": "allow"})
     start(fetch="deny")
     with guarded.connect(guarded.ann) as ann, guarded.connect(guarded.bob) as bob:
         assert ann.welcome["fetch"] == "deny" and bob.welcome["fetch"] == "allow"

@@ -65,7 +65,7 @@ def _copies(tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 def executor() -> Executor:
     """The one that is fuzzed: every operation has weights that it fits."""
-    return Executor(Weights(tiny.mixtral(), "tiny"), max_payload_bytes=MAX_PAYLOAD)
+    return Executor(Weights(tiny.mixtral(), "tiny"), max_payload_bytes=MAX_PAYLOAD, masked=(8, 16))
 
 
 def corpus(base: Executor) -> Corpus:
@@ -125,13 +125,20 @@ def _others(base: Executor) -> list[Exchange]:
         _exchange(Op.WEIGHT_MATMUL, matrix, torch.randn(4, 32), params=(1,)),
         _exchange(Op.BATCHED_MATMUL, experts.id, torch.randn(count, 3, outer)),
         _exchange(Op.GROUPED_MATMUL, experts.id, torch.randn(4, inner), offs, recipe=turned),
-        *_ring(base),
+        *_ring(matrix),
     ]
 
 
-def _ring(base: Executor) -> list[Exchange]:
-    """Operations in the ring, where this executor has them."""
-    return []
+def _ring(matrix: int) -> list[Exchange]:
+    """Masked: residues modulo 2^32 and 2^48, and what a helper is asked for."""
+    words = torch.randint(-(1 << 15), 1 << 15, (3, 32, 3), dtype=torch.int16)
+    residues = torch.randint(-(1 << 31), 1 << 31, (3, 32), dtype=torch.int32)
+    key = torch.arange(32, dtype=torch.uint8)
+    return [
+        *[_exchange(op, matrix, residues) for op in (Op.RING_LINEAR, Op.RING_MATMUL)],
+        _exchange(Op.RING_LINEAR, matrix, words),
+        *[_exchange(Op.RING_MASK, matrix, key, params=(10, bits, 4, 1)) for bits in (8, 16)],
+    ]
 
 
 def _exchange(

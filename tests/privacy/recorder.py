@@ -42,6 +42,7 @@ class Recorder:
         path = folder / f"recorder-{id(self)}.sock"
         self.url = f"unix://{path}"
         self.seen: list[Seen] = []
+        self.asked: list[Exchange] = []  # answered or not
         self.requests: list[Json] = []
         self.frames: list[tuple[Kind, int]] = []  # what the client sent: kind, bytes in all
         self._upstream = Address.parse(upstream).path
@@ -72,7 +73,11 @@ class Recorder:
                 return
             executor = socket.socket(socket.AF_UNIX)
             assert self._upstream is not None
-            executor.connect(self._upstream)
+            try:
+                executor.connect(self._upstream)
+            except OSError:  # nobody is there: so much the client learns
+                client.close()
+                continue
             self._sockets += [client, executor]
             for source, sink in ((client, executor), (executor, client)):
                 pump = threading.Thread(target=self._pump, args=(number, source, sink), daemon=True)
@@ -99,7 +104,9 @@ class Recorder:
         elif frame.kind is Kind.EXCHANGE:
             exchange = unpack_exchange(frame.meta)
             tensors = from_payload(frame.payload, exchange.specs)
-            self._asked[number, frame.request] = exchange._replace(tensors=tensors)
+            exchange = exchange._replace(tensors=tensors)
+            self._asked[number, frame.request] = exchange
+            self.asked.append(exchange)
         elif frame.kind is Kind.RESULT:
             _, specs = unpack_result(frame.meta)
             asked = self._asked.pop((number, frame.request))

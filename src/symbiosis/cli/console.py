@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,6 +48,47 @@ Device = Annotated[
     str,
     typer.Option(
         "--device", metavar="cpu|cuda", help="Where everything but the frozen weights is."
+    ),
+]
+
+_PRIVACY = "Privacy"
+PrivacyMode = Annotated[
+    str,
+    typer.Option(
+        "--privacy",
+        metavar="plain|masked-local|masked-split|noise",
+        rich_help_panel=_PRIVACY,
+        help="What the executor's operator sees. plain: everything. masked-local: uniform random "
+        "numbers; this machine multiplies the masks, for which it needs the weights. "
+        "masked-split: the same, but a second operator's executor multiplies the masks. noise: "
+        "the published additive scheme, which does not protect.",
+    ),
+]
+PrivacyHelper = Annotated[
+    str | None,
+    typer.Option(
+        "--privacy-helper",
+        metavar="URL",
+        rich_help_panel=_PRIVACY,
+        help="The second executor of masked-split.",
+    ),
+]
+PrivacyBits = Annotated[
+    int,
+    typer.Option(
+        "--privacy-bits",
+        metavar="8|16",
+        rich_help_panel=_PRIVACY,
+        help="Of the weights in the masked modes; 16 is near fp32 and slower.",
+    ),
+]
+PrivacyWeights = Annotated[
+    Path | None,
+    typer.Option(
+        "--privacy-weights",
+        metavar="FOLDER",
+        rich_help_panel=_PRIVACY,
+        help="The hosted model's safetensors on this machine; without it weights are fetched.",
     ),
 ]
 

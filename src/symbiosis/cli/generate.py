@@ -52,6 +52,10 @@ def generate(
     expect_digest: console.ExpectDigest = None,
     name: console.Name = None,
     device: console.Device = "cpu",
+    privacy: console.PrivacyMode = "plain",
+    privacy_helper: console.PrivacyHelper = None,
+    privacy_bits: console.PrivacyBits = 8,
+    privacy_weights: console.PrivacyWeights = None,
     threads: console.Threads = None,
     key_file: KeyFile = None,
     tls_ca: TlsCa = None,
@@ -77,6 +81,10 @@ def generate(
                 "expect_digest": expect_digest,
                 "name": name,
                 "device": device,
+                "privacy": privacy,
+                "privacy_helper": privacy_helper,
+                "privacy_bits": privacy_bits,
+                "privacy_weights": privacy_weights,
             }
         )
     except ValueError as error:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from symbiosis.executor.executor import Executor
     from symbiosis.executor.quantized import Scheme
+    from symbiosis.privacy.modes import Bits
 
 DEFAULT_URL = "tcp://127.0.0.1:7420"
 
@@ -44,6 +45,11 @@ class Policy(enum.StrEnum):
 class Fetch(enum.StrEnum):
     allow = "allow"
     deny = "deny"
+
+
+class Masked(enum.StrEnum):
+    eight = "8"
+    sixteen = "16"
 
 
 class Quantize(enum.StrEnum):
@@ -97,6 +103,15 @@ def serve(
             "methods need."
         ),
     ] = Fetch.allow,
+    masked: Annotated[
+        list[Masked] | None,
+        typer.Option(
+            help="Offer masked exchanges (--privacy of the clients), and help with the masks of "
+            "another executor's clients. 8: with weights of 8 bits, modulo 2^32; 16: modulo 2^48, "
+            "near fp32. Keeps such a copy of the matrices. May be repeated.",
+            show_default="none",
+        ),
+    ] = None,
     threads: console.Threads = None,
     supervise: Annotated[
         bool,
@@ -167,6 +182,7 @@ def serve(
         policy=policy.value,
         training_share=training_share,
         fetch=fetch.value,
+        masked=_bits(masked or []),
         keys=keys,
     )
     terms = f"{policy}, training share {training_share:g}, fetch {fetch}"
@@ -247,6 +263,11 @@ def scheme_of(quantize: Quantize) -> Scheme | None:
         case Quantize.nf4:
             return "nf4"
     return None
+
+
+def _bits(masked: list[Masked]) -> tuple[Bits, ...]:
+    found: dict[Masked, Bits] = {Masked.eight: 8, Masked.sixteen: 16}
+    return tuple(found[each] for each in dict.fromkeys(masked))
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype | None:

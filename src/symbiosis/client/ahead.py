@@ -56,7 +56,7 @@ class Ahead:
         """A LINEAR, MATMUL or EMBEDDING of ``x``, contiguous, with a whole weight. ``recording``:
         gradients are recorded, so that this is training, where nothing is chained."""
         if x.nbytes > MAX_INPUT_BYTES or recording:
-            return self._grouped(member, plain(x), recording, send)
+            return self.together(member, plain(x), recording, send)
         chains = self._chains_for(x.numel() // (1 if member[0] is Op.EMBEDDING else x.shape[-1]))
         result = chains.answer(member, plain(x))
         if result is not None:
@@ -68,7 +68,7 @@ class Ahead:
                 self.verify(ask, tensors[0], outputs)
             result = chains.arrived(ask, tensors[0], outputs)
         else:
-            result = self._grouped(member, plain(x), False, send)
+            result = self.together(member, plain(x), False, send)
         return chains.observe(member, x, result)
 
     def clear(self) -> None:
@@ -90,7 +90,8 @@ class Ahead:
             found = self._chains[rows] = Chains(self._vector_id)
         return found
 
-    def _grouped(self, member: Member, x: Tensor, recording: bool, send: Send) -> Tensor:
+    def together(self, member: Member, x: Tensor, recording: bool, send: Send) -> Tensor:
+        """As `product`, along with what shares the input, but without chains."""
         op, weight, _, bias = member
         if op is Op.EMBEDDING:
             return send(op, (weight,), (bias,), (), (x,), recording)[0]

@@ -38,6 +38,7 @@ from symbiosis.client.welcome import (
     weight_table,
 )
 from symbiosis.errors import AuthenticationFailed, ConnectionLost, ProtocolError, SymbiosisError
+from symbiosis.privacy.modes import Privacy, PrivacyReport, report_of
 from symbiosis.transport.channel import Channel
 from symbiosis.wire.exchange import NO_BIAS, Exchange, Op, Priority
 from symbiosis.wire.frames import VERSION, Json
@@ -103,10 +104,12 @@ class Session:
         deadline_ms: float | None = None,
         retry_s: float = 0.0,
         trust: Trust = Trust(),
+        masked: int | None = None,
     ) -> None:
         """``opener`` opens channels to ``url``; the first is opened here, at once or not at all.
-        Later ones are tried for up to ``retry_s``. For the rest see `symbiosis.connect`. Raises
-        ConnectionFailed, ProtocolError, ModelError."""
+        Later ones are tried for up to ``retry_s``. ``masked`` declares that nothing but masked
+        exchanges will come, with weights of so many bits. For the rest see `symbiosis.connect`.
+        Raises ConnectionFailed, ProtocolError, ModelError."""
         if priority not in ("auto", "interactive", "training"):
             raise ValueError(f"priority is {priority!r}; use auto, interactive or training")
         self.url = url
@@ -120,6 +123,8 @@ class Session:
             "weight": weight,
             "deadline_ms": deadline_ms,
         }
+        if masked is not None:
+            self._hello["masked"] = masked
         self._lock = threading.RLock()
         self._channel: Channel | None = None
         self._channel_pid = 0
@@ -218,6 +223,10 @@ class Session:
             verified=self._verifier.verified if self._verifier else 0,
             unverified=self._verifier.unverified if self._verifier else 0,
         )
+
+    def privacy_report(self) -> PrivacyReport:
+        """What this session hides from whoever runs the executor, and what it does not."""
+        return report_of(Privacy(), self.stats())
 
     def executor_stats(self) -> dict[str, Any]:
         """The executor's own counters: clients, exchanges/s, batch sizes, memory, queue times."""

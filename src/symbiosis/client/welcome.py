@@ -22,13 +22,19 @@ class WeightInfo(NamedTuple):
     id: int
     names: tuple[str, ...]
     shape: tuple[int, ...]
+    axis: int | None = None  # of a matrix that products are computed with: where outputs lie
+
+    @property
+    def is_lookup(self) -> bool:
+        """Is it a table of embeddings (perhaps an output head too)?"""
+        return self.axis is None and len(self.shape) == 2
 
 
 def weight_table(welcome: Json) -> dict[int, WeightInfo]:
     """The hosted weights by id; raises ProtocolError."""
     try:
         entries = [
-            WeightInfo(int(w["id"]), tuple(w["names"]), tuple(w["shape"]))
+            WeightInfo(int(w["id"]), tuple(w["names"]), tuple(w["shape"]), w.get("axis"))
             for w in welcome["weights"]  # type: ignore[attr-defined]
         ]
     except (KeyError, TypeError, ValueError) as error:

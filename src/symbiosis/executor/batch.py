@@ -13,7 +13,9 @@ import torch
 from symbiosis.executor import ops
 from symbiosis.executor.chain import as_rows
 from symbiosis.executor.weights import Weights
-from symbiosis.wire.exchange import Exchange, Op
+from symbiosis.wire.exchange import RING_OPS, Exchange, Op
+
+_DIVISIBLE = (Op.LINEAR, Op.MATMUL, Op.RING_LINEAR, Op.RING_MATMUL)
 
 
 def key(exchange: Exchange, joinable: bool, unique: int) -> Hashable:
@@ -35,7 +37,7 @@ def compute(exchanges: list[Exchange], weights: Weights) -> list[tuple[torch.Ten
     first = exchanges[0]
     if len(exchanges) == 1:
         return [tuple(ops.run(first, weights, first.tensors))]
-    rows = [[as_rows(x) for x in exchange.tensors] for exchange in exchanges]
+    rows = [[_rows(exchange, x) for x in exchange.tensors] for exchange in exchanges]
     joined = tuple(torch.cat(column) for column in zip(*rows, strict=True))
     outputs = ops.run(first._replace(place=None), weights, joined)
     sizes = [row[0].shape[0] for row in rows]
@@ -45,9 +47,15 @@ def compute(exchanges: list[Exchange], weights: Weights) -> list[tuple[torch.Ten
     ]
 
 
+def _rows(exchange: Exchange, x: torch.Tensor) -> torch.Tensor:
+    """An input as rows; residues come so."""
+    return x if exchange.op in RING_OPS else as_rows(x)
+
+
 def _shaped(rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-    """The rows of one client (T, O) in the leading shape of its input; a chain's as they are."""
-    if exchange.op is Op.CHAIN:
+    """The rows of one client (T, O) in the leading shape of its input; a chain's and residues as
+    they are."""
+    if exchange.op is Op.CHAIN or exchange.op in RING_OPS:
         return rows
     dtype, shape = exchange.specs[0]
     return rows.view(*(shape[:-1] if dtype.is_floating_point else shape), rows.shape[-1])
@@ -62,7 +70,7 @@ class Pieces:
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
-        self._rows = as_rows(exchange.tensors[0])
+        self._rows = _rows(exchange, exchange.tensors[0])
         self._results: tuple[torch.Tensor, ...] = ()
         self.elapsed_s = 0.0
 
@@ -74,7 +82,7 @@ class Pieces:
         """Those rows' outputs."""
         if not self._results:
             rows = self._rows.shape[0]
-            self._results = tuple(output.new_empty(rows, output.shape[-1]) for output in outputs)
+            self._results = tuple(output.new_empty(rows, *output.shape[1:]) for output in outputs)
         for result, output in zip(self._results, outputs, strict=True):
             result[start : start + output.shape[0]] = output
 
@@ -85,4 +93,4 @@ class Pieces:
 
 def divisible(exchange: Exchange, joinable: bool) -> bool:
     """May it be computed in `Pieces`? A lookup or a decoder's chain is too cheap for it."""
-    return joinable and exchange.op in (Op.LINEAR, Op.MATMUL)
+    return joinable and exchange.op in _DIVISIBLE

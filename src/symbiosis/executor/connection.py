@@ -20,6 +20,7 @@ import torch
 from symbiosis.errors import ConnectionLost, ProtocolError, SymbiosisError
 from symbiosis.executor.bounds import FREE_BYTES, Bounds, Progress, Reading, Taken
 from symbiosis.executor.ops import Plan
+from symbiosis.executor.ring import only_ring
 from symbiosis.executor.tenants import Account
 from symbiosis.transport.arena import ArenaUnfit, AttachedArena, receive_with_descriptors
 from symbiosis.transport.sockets import exchange_parts
@@ -91,6 +92,7 @@ class Connection:
         self._events = selectors.EVENT_READ
         self._held_back = False  # frames wait in the reader until answers are taken
         self._closed = False
+        self._masked = False  # nothing but masked exchanges may come
 
     @property
     def client(self) -> int | None:
@@ -339,11 +341,14 @@ class Connection:
         if (kind is Kind.HELLO) != (self._client is None):
             raise ProtocolError(f"unexpected {kind.name} frame: HELLO comes first, and once")
         if kind is Kind.EXCHANGE:
-            return self._server.admission.admit(meta, payload_bytes)
+            found = self._server.admission.admit(meta, payload_bytes)
+            return only_ring(found) if self._masked else found
         if kind is Kind.PLACED:
             if self._arena is None:
                 raise ProtocolError("an exchange with places, but no arena is attached")
-            return self._server.admission.admit_placed(meta, payload_bytes, self._arena.size_bytes)
+            size = self._arena.size_bytes
+            placed = self._server.admission.admit_placed(meta, payload_bytes, size)
+            return only_ring(placed) if self._masked else placed
         if payload_bytes or kind not in (Kind.HELLO, Kind.REQUEST):
             raise ProtocolError(f"a client may not send a {kind.name} frame like this")
         return None
@@ -371,6 +376,7 @@ class Connection:
         self._client = client
         self._server.greeted(self)
         self.account = self._server.engine.account_of(client)
+        self._masked = hello.get("masked") is not None
         if self._descriptors:
             try:
                 self._arena = AttachedArena(self._descriptors[0])

@@ -32,9 +32,11 @@ from symbiosis.executor.engine import Engine
 from symbiosis.executor.guard import Guard, check_reach, refusal
 from symbiosis.executor.keystore import FetchPolicy, Tenant
 from symbiosis.executor.quantized import Scheme
+from symbiosis.executor.ring import describe, not_offered, offer, only_ring
 from symbiosis.executor.scheduler import Policy, Scheduler, Terms
 from symbiosis.executor.server import Server
 from symbiosis.executor.weights import Weights
+from symbiosis.privacy.modes import Bits
 from symbiosis.transport.inproc import InprocChannel
 from symbiosis.transport.sockets import Address
 from symbiosis.transport.tls import ServerTls
@@ -61,13 +63,17 @@ class Executor:
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
         max_payload_bytes: int = 1 << 30,
+        masked: Sequence[Bits] = (),
         keys: Path | None = None,
         bounds: Bounds = Bounds(),
     ) -> None:
-        """``fetch`` says whether clients may read whole weights (DoRA, merging, ...). ``keys`` is
-        a key store: with it, every client of another process has to show that it belongs to a
-        tenant. ``bounds`` are for what listens. Raises KeyStoreError."""
+        """``fetch`` says whether clients may read whole weights (DoRA, merging, ...). ``masked``
+        offers masked exchanges, with weights of 8 or 16 bits, which are kept beside the others.
+        ``keys`` is a key store: with it, every client of another process has to show that it
+        belongs to a tenant. ``bounds`` are for what listens. Raises KeyStoreError."""
         self.weights = weights
+        offer(weights, tuple(masked))
+        self._masked_clients: set[int] = set()
         self._bounds = bounds
         self.digest = ModelDigest(weights)
         self._fetch = fetch
@@ -95,15 +101,24 @@ class Executor:
         policy: Policy = "greedy",
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
+        masked: Sequence[Bits] = (),
         keys: Path | None = None,
     ) -> Executor:
         """Load a local ``transformers`` folder or a hub id; raises ModelError.
 
         ``quantize`` keeps the matrices of the linear layers in eight bits (``int8``) or four
-        (``nf4``); embeddings, the output head, convolutions and experts stay dense.
+        (``nf4``); embeddings, the output head, convolutions and experts stay dense. ``masked``
+        offers masked exchanges to clients; see `Executor`.
         """
         weights = Weights.load(model, dtype=dtype, device=device, quantize=quantize)
-        return cls(weights, policy=policy, training_share=training_share, fetch=fetch, keys=keys)
+        return cls(
+            weights,
+            policy=policy,
+            training_share=training_share,
+            fetch=fetch,
+            masked=masked,
+            keys=keys,
+        )
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, name: str = "in-memory model") -> Executor:
@@ -206,6 +221,9 @@ class Executor:
                 "this executor takes no new sessions, because it is about to end: try another, or "
                 "later"
             )
+        masked = hello.get("masked")
+        if masked is not None and masked not in list(self.weights.ring):  # it may be any JSON
+            raise ProtocolError(not_offered(self.weights, masked))
         account = None
         if holder is not None:
             account = holder.account
@@ -215,17 +233,22 @@ class Executor:
         )
         if self._guard is not None and holder is not None:
             self._guard.enter(client, holder)
+        if masked is not None:
+            self._masked_clients.add(client)
         return client, self._welcome(client)
 
     def detach(self, client: int) -> None:
         if self._guard is not None:
             self._guard.leave(client)
+        self._masked_clients.discard(client)
         self._engine.remove_client(client)
 
     def compute(self, client: int, exchange: Exchange) -> Result | SymbiosisError:
         """Run one exchange with the caller's thread; see `InprocChannel`."""
         answer: list[Result | SymbiosisError] = []
         try:
+            if client in self._masked_clients:
+                only_ring((exchange,))
             plan = self._engine.admit(exchange)
         except SymbiosisError as error:
             self._engine.refused(client)
@@ -261,6 +284,9 @@ class Executor:
                 return self.digest.answer(), empty_payload(0)
             case "weight":
                 return self._whole_weight(client, question.get("id"), str(question.get("why")))
+            case "ring":
+                facts, scales = describe(self.weights, question.get("bits"))
+                return facts, _payload(scales)
         raise ProtocolError(f"unknown request {str(question.get('get'))[:64]!r}")
 
     # What the operator asks; see `Administration`. Called in the server's thread.
@@ -351,12 +377,14 @@ class Executor:
             "protocol": VERSION,
             "session": client,
             "weights": [
-                {"id": w.id, "names": list(w.names), "shape": list(w.tensor.shape)} for w in weights
+                {"id": w.id, "names": list(w.names), "shape": list(w.tensor.shape), "axis": w.axis}
+                for w in weights
             ],
             "vectors": weights.vector_ids,
             "digest": self.digest.ready,
             "fetch": self._fetch_policy(client),
             "max_payload_bytes": self._limits.payload_bytes,
+            "masked": list(weights.ring),
         }
 
 

@@ -34,7 +34,7 @@ from symbiosis.errors import KeyStoreError
 from symbiosis.executor.tenants import NO_LIMITS, Quota
 
 FetchPolicy = Literal["allow", "deny"]
-REQUESTS = ("stats", "files", "parameters", "digest")
+REQUESTS = ("stats", "files", "parameters", "digest", "ring")
 """What a tenant may be allowed to ask, besides whole weights, which ``fetch`` governs."""
 
 _PREFIX = "symbiosis-"

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from symbiosis.errors import InvalidInput, ProtocolError
-from symbiosis.executor import chain
+from symbiosis.executor import chain, ring
 from symbiosis.executor.weights import Weights
-from symbiosis.wire.exchange import NO_BIAS, Exchange, Op
+from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Exchange, Op
 from symbiosis.wire.tensors import ITEM_BYTES
 
 _INTEGERS = (torch.int64, torch.int32)
@@ -43,6 +43,9 @@ def check(exchange: Exchange, weights: Weights) -> Plan:
     """
     if exchange.op is Op.CHAIN:
         return _check_chain(exchange, weights)
+    if exchange.op in RING_OPS:
+        _check_sizes(exchange)
+        return Plan(*ring.check(exchange, weights), exchange.op is not Op.RING_MASK)
     _check_tensors(exchange)
     views = [weights.like(weight, exchange.recipe) for weight in exchange.weights]
     shapes = [_result_shape(exchange, view) for view in views]
@@ -74,6 +77,8 @@ def run(
     """
     if exchange.op is Op.CHAIN:
         return chain.run(exchange, weights, inputs)
+    if exchange.op in RING_OPS:
+        return ring.run(exchange, weights, inputs)
     results = []
     for number, (weight, bias_id) in enumerate(zip(exchange.weights, exchange.biases, strict=True)):
         w, bias = weights.view(weight, exchange.recipe), _bias(weights, bias_id)
@@ -237,7 +242,8 @@ def _check_convolution(
     dims = len(params.stride) + 2
     positive = min(*params.stride, *params.dilation, params.groups) > 0
     least = min(*params.padding, *params.output_padding) >= 0
-    if len(shape) != dims or len(w) != dims or not positive or not least:
+    padded = any(params.output_padding) and not params.transposed
+    if len(shape) != dims or len(w) != dims or not positive or not least or padded:
         raise InvalidInput(f"convolution of {list(shape)} with {list(w)} and {params}")
     channels = w[0] if params.transposed else w[1] * params.groups
     if shape[1] != channels or w[0] % params.groups or min(shape[1:]) < 1:

@@ -27,6 +27,7 @@ from symbiosis.errors import InvalidInput, ModelError, UnknownWeight
 from symbiosis.executor import quantized
 from symbiosis.executor.model_files import read_model
 from symbiosis.executor.quantized import QuantizedMatrix, Scheme
+from symbiosis.privacy.ring import RingWeight
 from symbiosis.wire.tensors import ALIGNMENT
 from symbiosis.wire.views import Recipe, look
 
@@ -60,12 +61,15 @@ class HostedWeight:
     """One frozen weight; tied parameters are one weight with several names.
 
     ``tensor`` holds the numbers; of a quantised weight only shape and dtype (on the meta device).
+    ``axis`` is where the outputs of a layer lie, if its weight is a matrix that products are
+    computed with: 0, of a Conv1D 1. None for lookups, convolutions and experts.
     """
 
     id: int
     names: tuple[str, ...]
     tensor: torch.Tensor
     quantized: QuantizedMatrix | None = None
+    axis: int | None = None
 
     def dense(self) -> torch.Tensor:
         """The numbers; those of a quantised weight newly made."""
@@ -106,6 +110,7 @@ class Weights:
         self._vectors: dict[int, torch.Tensor] = {}
         self.vector_ids: dict[str, int] = {}
         self.shipped: dict[str, torch.Tensor] = {}
+        self.ring: dict[int, dict[int, RingWeight]] = {}  # by bits, by id; see `executor.ring`
         self.stored = frozenset(model.state_dict())  # not what is computed while it is built
         first = next(model.parameters())
         self.device = first.device
@@ -217,6 +222,7 @@ class Weights:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         for path, module in model.named_modules():
             for name, tensor in _tensors_of(module):
                 full = f"{path}.{name}" if path else name
@@ -224,17 +230,25 @@ class Weights:
                 if known is not None and _is_hosted(module, tensor):
                     if known[0] == full:
                         inner = module is not head and len(known) == 1
-                        self._host(tuple(known), tensor, _output_dim(module) if inner else None)
+                        axis = None if id(tensor) in looked_up else _axis(module, tensor)
+                        dim = _output_dim(module) if inner else None
+                        self._host(tuple(known), tensor, dim, axis)
                 else:
                     self._ship(full, tensor)
 
-    def _host(self, names: tuple[str, ...], tensor: torch.Tensor, output_dim: int | None) -> None:
+    def _host(
+        self,
+        names: tuple[str, ...],
+        tensor: torch.Tensor,
+        output_dim: int | None,
+        axis: int | None,
+    ) -> None:
         """``output_dim`` is that of an inner linear layer's matrix, which may be quantised."""
         data = tensor.detach()
         if data.data_ptr() % ALIGNMENT or not data.is_contiguous():
             data = data.clone(memory_format=torch.contiguous_format)
         number = len(self._hosted) + 1
-        self._hosted[number] = HostedWeight(number, names, data)
+        self._hosted[number] = HostedWeight(number, names, data, axis=axis)
         if self.quantization is not None:
             self._hosted[number] = self._quantized(self._hosted[number], output_dim)
             tensor.data = tensor.new_empty(0)  # the model is ours: nobody needs its numbers
@@ -290,6 +304,11 @@ def _output_dim(module: nn.Module) -> int | None:
     if isinstance(module, nn.Linear):
         return 0
     return 1 if isinstance(module, Conv1D) else None
+
+
+def _axis(module: nn.Module, parameter: torch.Tensor) -> int | None:
+    """See `HostedWeight`."""
+    return None if parameter.dim() != 2 else 1 if isinstance(module, Conv1D) else 0
 
 
 def _looked_at(hosted: HostedWeight, tensor: torch.Tensor, recipe: Recipe) -> torch.Tensor:

@@ -24,16 +24,17 @@ from symbiosis.errors import ModelError
 from symbiosis.jobs import methods
 from symbiosis.jobs.data import Row, digest, read_rows, split
 from symbiosis.jobs.encode import Encoded, encode, loss_scope, pad_id
-from symbiosis.jobs.hosted import check_hosts, tokenizer_of
+from symbiosis.jobs.hosted import check_hosts, log_privacy, tokenizer_of
 from symbiosis.jobs.record import Progress, RunFolder
-from symbiosis.jobs.spec import FinetuneSpec
+from symbiosis.jobs.spec import FinetuneSpec, privacy_of
 from symbiosis.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
 
 _FREE_TO_CHANGE = {
     "base", "out", "name", "expect_model", "resume", "overwrite", "save_steps", "eval_steps",
-    "log_steps", "data", "eval_data", "method", "options", "learning_rate",
+    "log_steps", "data", "eval_data", "method", "options", "learning_rate", "privacy_helper",
+    "privacy_weights",
 }  # fmt: skip
 """Fields that a resumed run need not share, or that `_job` records in another form."""
 
@@ -92,6 +93,7 @@ def run(
         expect_digest=spec.expect_digest,
         key=key,
         tls=tls,
+        privacy=privacy_of(spec),
     ) as base:
         check_hosts(base, spec.expect_model)
         tokenizer = tokenizer_of(base)
@@ -101,7 +103,9 @@ def run(
         eval_set = encode(held_out, tokenizer, spec.max_length) if held_out else []
         folder.begin(_job(spec, method, base), resume=spec.resume)
         job = _Job(spec, method, base, folder, pad_id(tokenizer), train_set, eval_set)
-        return job.run(on_event or (lambda progress: None))
+        report = job.run(on_event or (lambda progress: None))
+        log_privacy(base)
+        return report
 
 
 class _Job:

@@ -24,8 +24,8 @@ import symbiosis
 from symbiosis.client.session import Session
 from symbiosis.errors import ModelError, SymbiosisError
 from symbiosis.jobs.encode import pad_id
-from symbiosis.jobs.hosted import tokenizer_of
-from symbiosis.jobs.spec import GenerateSpec
+from symbiosis.jobs.hosted import log_privacy, tokenizer_of
+from symbiosis.jobs.spec import GenerateSpec, privacy_of
 from symbiosis.transport.tls import Tls
 
 if TYPE_CHECKING:
@@ -93,15 +93,18 @@ def run(
         expect_digest=spec.expect_digest,
         key=key,
         tls=tls,
+        privacy=privacy_of(spec),
     ) as base:
         tokenizer = tokenizer_of(base)
         prompts = [_encoded(tokenizer, prompt, spec) for prompt in spec.prompts]
         models = _models(base, spec)
-        return [
+        answers = [
             _answer(spec, label, model, tokenizer, index, ids, write or (lambda piece: None))
             for index, ids in enumerate(prompts)
             for label, model in models.items()
         ]
+        log_privacy(base)
+        return answers
 
 
 def load_adapter(base: Session, folder: Path, device: str = "cpu") -> PreTrainedModel:

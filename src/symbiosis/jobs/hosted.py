@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from symbiosis.client.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 def check_hosts(base: Session, expected: str | None) -> None:
@@ -27,6 +30,13 @@ def check_hosts(base: Session, expected: str | None) -> None:
         f"the executor at {base.url} hosts {hosted} ({base.welcome.get('architecture')}), "
         f"not {expected}"
     )
+
+
+def log_privacy(base: Session) -> None:
+    """What was hidden, where anything was to be."""
+    report = base.privacy_report()
+    if report.mode != "plain":
+        logger.info("%s", report)
 
 
 def tokenizer_of(base: Session) -> PreTrainedTokenizerBase:

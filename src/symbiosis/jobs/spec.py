@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from symbiosis.errors import SymbiosisError
+from symbiosis.privacy.modes import Privacy
 
 SCHEDULERS = (
     "linear",
@@ -107,6 +108,14 @@ class FinetuneSpec(_Mapped):
     """Refuse to train if the executor hosts another model than this one."""
     expect_digest: str | None = None
     """Refuse if it hosts other numbers: what ``symbiosis digest`` prints."""
+    privacy: str = "plain"
+    """How activations are hidden from the executor; see `symbiosis.Privacy`."""
+    privacy_helper: str | None = None
+    """The second executor of ``masked-split``."""
+    privacy_bits: int = 8
+    """Of the weights in the masked modes: 8 or 16."""
+    privacy_weights: Path | None = None
+    """A local folder with the hosted weights; without it they are fetched."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_length", "batch_size", "gradient_accumulation", "log_steps")
@@ -125,6 +134,7 @@ class FinetuneSpec(_Mapped):
             raise ValueError(f"scheduler is {self.scheduler!r}; use {', '.join(SCHEDULERS)}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
+        privacy_of(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,6 +167,14 @@ class GenerateSpec(_Mapped):
     """What ``symbiosis status`` shows."""
     device: str = "cpu"
     """Where the adapters, attention and the cache live."""
+    privacy: str = "plain"
+    """How activations are hidden from the executor; see `symbiosis.Privacy`."""
+    privacy_helper: str | None = None
+    """The second executor of ``masked-split``."""
+    privacy_bits: int = 8
+    """Of the weights in the masked modes: 8 or 16."""
+    privacy_weights: Path | None = None
+    """A local folder with the hosted weights; without it they are fetched."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_new_tokens")
@@ -167,6 +185,17 @@ class GenerateSpec(_Mapped):
             raise ValueError(f"temperature is {self.temperature}; it must be above 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1]")
+        privacy_of(self)
+
+
+def privacy_of(spec: FinetuneSpec | GenerateSpec) -> Privacy:
+    """What the job asks for. Raises ValueError."""
+    return Privacy(
+        mode=spec.privacy,  # type: ignore[arg-type]
+        helper=spec.privacy_helper,
+        bits=spec.privacy_bits,  # type: ignore[arg-type]
+        weights=spec.privacy_weights,
+    )
 
 
 def _at_least(spec: object, least: int, *names: str) -> None:

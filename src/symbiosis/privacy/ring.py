@@ -22,14 +22,12 @@ import hashlib
 import struct
 import time
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from symbiosis.privacy import digits
-
-Bits = Literal[8, 16]
 
 LIMIT = {8: (1 << 31) - 1, 16: (1 << 47) - 1}
 """By the weights' bits: what the magnitude of a product must not exceed, lest it wrap around."""

@@ -313,7 +313,7 @@ class SocketChannel:
             sent = socket.send_fds(self._socket, [greeting], [self._arena.descriptor])
         except OSError as error:
             raise self._lost(error) from None
-        if sent < len(greeting):  # nothing more to say to who may have hung up, with a reason
+        if sent < len(greeting):  # sending nothing fails if the executor has hung up already
             self._send([memoryview(greeting)[sent:]])
 
     def _dial(self, address: Address, timeout_s: float, tls: Tls) -> socket.socket:

@@ -40,6 +40,13 @@ class Op(enum.IntEnum):
     CHAIN = 8  # products and row-wise arithmetic between them; params: `wire.chain.pack_chain`
     WEIGHT_MATMUL = 9  # x (I, T), W (O, I) → W x (O, T), both perhaps with (E, ...) in front;
     # with the parameter 1, x comes as (T, I), for the layout in memory can decide the last bits
+    RING_LINEAR = 10  # residues u (T, I), W as integers (O, I) → u Wᵀ (T, O), exact in the ring
+    RING_MATMUL = 11  # residues u (T, I), W as integers (I, O) → u W (T, O)
+    RING_MASK = 12  # a key of 32 bytes; params: 10 or 11, bits, rows, number → that of a mask
+
+
+RING_OPS = (Op.RING_LINEAR, Op.RING_MATMUL, Op.RING_MASK)
+"""All that a masked session may send; see `symbiosis.privacy`."""
 
 
 class Priority(enum.IntEnum):

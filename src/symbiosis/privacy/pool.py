@@ -1,0 +1,219 @@
+"""Masks with their products, prepared before they are needed.
+
+A client asks for the same sites again and again: each token, each step. So whenever a mask is
+taken for a site, the next one for it is begun in a thread of its own, in the order of use, off the
+path of the exchanges. A mask leaves the pool when it is taken and never comes back, whatever
+happens to the exchange that it was taken for. Knows masks; who computes products is told to it.
+
+Shapes: T rows, I in, O out.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from symbiosis.errors import ConnectionLost
+from symbiosis.privacy.masks import MaskName, MaskStream, expand, generation
+from symbiosis.privacy.modes import MaskUse
+from symbiosis.privacy.ring import WORDS
+from symbiosis.wire.exchange import Op
+
+_PATIENCE_S = 5.0
+
+
+class Site(NamedTuple):
+    """Where masks are used: one operation on some weights that share an input of one size."""
+
+    op: Op  # RING_LINEAR or RING_MATMUL
+    weights: tuple[int, ...]
+    rows: int
+    width: int  # I
+    outputs: int  # the sum of O over the weights
+    bits: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a mask and its products, as they travel."""
+        return self.rows * (self.width + self.outputs) * (4 if self.bits == 8 else 2 * WORDS)
+
+
+Products = Callable[[Site, "Mask"], tuple[Tensor, ...]]
+"""The products (T, O) of a mask with a site's weights. Called by the pool's thread."""
+
+
+class Mask:
+    """One mask, with the products that are subtracted from the answer. Any thread."""
+
+    def __init__(self, name: MaskName, site: Site) -> None:
+        self.name = name
+        self.site = site
+        self._lock = threading.Lock()
+        self._numbers: Tensor | None = None
+        self._done = threading.Event()
+        self._products: tuple[Tensor, ...] | BaseException = ()
+
+    @property
+    def numbers(self) -> Tensor:
+        """The mask itself, (T, I)."""
+        with self._lock:
+            if self._numbers is None:
+                site = self.site
+                self._numbers = expand(self.name, site.rows, site.width, site.bits)
+            return self._numbers
+
+    @property
+    def is_complete(self) -> bool:
+        return self._done.is_set()
+
+    def complete(self, compute: Products) -> None:
+        """Compute the products; a failure is kept for who waits for them."""
+        try:
+            self._products = compute(self.site, self)
+        except BaseException as error:  # noqa: BLE001 - raised where the products are asked for
+            self._products = error
+        self._done.set()
+
+    def give_up(self, why: BaseException) -> None:
+        """Nobody will complete it."""
+        self._products = why
+        self._done.set()
+
+    def products(self) -> tuple[Tensor, ...]:
+        """Wait for the products; raises what their computation raised."""
+        self._done.wait()
+        if isinstance(self._products, BaseException):
+            raise self._products
+        return self._products
+
+
+class MaskPool:
+    """Fresh masks for one session. Not thread-safe, as a session's lock guards it; after a fork
+    the child has an empty pool, and names of its own."""
+
+    def __init__(self, compute: Products, ahead_bytes: int) -> None:
+        """At most ``ahead_bytes`` of masks wait to be used."""
+        self._compute = compute
+        self._ahead_bytes = ahead_bytes
+        self._stream = MaskStream()
+        self._used = self._prepared = self._dropped = 0
+        self._start()
+
+    def take(self, site: Site) -> Mask:
+        """A mask that nobody has had and nobody will have again."""
+        if self._generation != generation():
+            self._start()
+        mask = self._waiting.pop(site, None)
+        if mask is None:
+            mask = Mask(self._stream.next(), site)
+        else:
+            self._bytes -= site.num_bytes
+            self._prepared += mask.is_complete
+        self._used += 1
+        if not mask.is_complete:
+            self._worker.now(mask)
+        self._prepare(site)
+        return mask
+
+    @property
+    def use(self) -> MaskUse:
+        return MaskUse(self._used, self._prepared, self._dropped)
+
+    def close(self) -> None:
+        """No more masks are prepared, and nobody waits for one; idempotent."""
+        self._dropped += len(self._waiting)
+        self._waiting.clear()
+        self._bytes = 0
+        self._stop()
+        self._worker.join()
+
+    def _start(self) -> None:
+        self._generation = generation()
+        self._waiting: OrderedDict[Site, Mask] = OrderedDict()  # the least recently used first
+        self._bytes = 0
+        self._worker = _Worker(self._compute)
+        self._stop = weakref.finalize(self, self._worker.stop)
+
+    def _prepare(self, site: Site) -> None:
+        if site.num_bytes > self._ahead_bytes:
+            return
+        while self._bytes + site.num_bytes > self._ahead_bytes:
+            _, mask = self._waiting.popitem(last=False)
+            self._worker.forget(mask)
+            self._bytes -= mask.site.num_bytes
+            self._dropped += 1
+        self._waiting[site] = mask = Mask(self._stream.next(), site)
+        self._bytes += site.num_bytes
+        self._worker.later(mask)
+
+
+class _Worker:
+    """Completes masks in a thread, which is started with the first. Does not know its pool, so
+    that a forgotten pool ends it."""
+
+    def __init__(self, compute: Products) -> None:
+        self._compute = compute
+        self._generation = generation()
+        self._todo: deque[Mask] = deque()
+        self._running: Mask | None = None
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+
+    def now(self, mask: Mask) -> None:
+        """Somebody waits for it."""
+        with self._changed:
+            if mask in self._todo:
+                self._todo.remove(mask)
+            elif mask is self._running or mask.is_complete:
+                return
+            self._todo.appendleft(mask)
+            self._wake()
+
+    def later(self, mask: Mask) -> None:
+        with self._changed:
+            self._todo.append(mask)
+            self._wake()
+
+    def forget(self, mask: Mask) -> None:
+        with self._changed:
+            if mask in self._todo:
+                self._todo.remove(mask)
+
+    def stop(self) -> None:
+        """Begin no more; whoever waits is told so."""
+        if self._generation != generation():  # a child: the thread, and perhaps its lock, is not
+            return
+        with self._changed:
+            self._stopped = True
+            while self._todo:
+                self._todo.popleft().give_up(ConnectionLost("the session was closed"))
+            self._changed.notify()
+
+    def join(self) -> None:
+        """Wait for the mask that is being completed, but not for a helper that is stuck."""
+        if self._thread is not None and self._generation == generation():
+            self._thread.join(_PATIENCE_S)
+
+    def _wake(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="symbiosis-masks", daemon=True)
+            self._thread.start()
+        self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._running = None
+                while not self._todo and not self._stopped:
+                    self._changed.wait()
+                if self._stopped:
+                    return
+                mask = self._running = self._todo.popleft()
+            mask.complete(self._compute)
+            del mask
