@@ -222,7 +222,7 @@ class Executor:
                 "later"
             )
         masked = hello.get("masked")
-        if masked is not None and masked not in self.weights.ring:
+        if masked is not None and masked not in list(self.weights.ring):  # it may be any JSON
             raise ProtocolError(not_offered(self.weights, masked))
         account = None
         if holder is not None:
