@@ -7,6 +7,7 @@ import resource
 import socket
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ import torch
 import raw
 import tiny
 from bad_frames import UP, linear, rows_of
-from conftest import Serve
 from exchanges import weight_id
 from raw import RawClient
 from symbiosis import connect
 from symbiosis.executor.bounds import Bounds, Budget, Pace, Progress, Reading
+
+if TYPE_CHECKING:
+    from conftest import Serve
 
 # Pure: time is an argument
 

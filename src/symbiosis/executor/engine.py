@@ -56,6 +56,7 @@ class Engine:
         self._pending: dict[int, _Pending] = {}
         self._pieces: dict[int, batch.Pieces] = {}  # of requests computed in part
         self._accounts: dict[int, Account] = {}  # of clients that belong to a tenant
+        self._tenants: dict[str | None, Account] = {}  # the same, and of clients that have left
         self._request_ids = itertools.count(1)
         self._client_ids = itertools.count(1)
         self._queue_lock = threading.Lock()  # scheduler, pending, stats; held briefly
@@ -82,6 +83,8 @@ class Engine:
             self.stats.clients[client] = ClientStats(name, transport, pid, tenant)
             if account is not None:
                 self._accounts[client] = account
+                self._tenants[account.tenant] = account
+                self._scheduler.set_share(account.tenant, account.share)
             self.stats.clients_seen += 1
         return client
 
@@ -121,6 +124,7 @@ class Engine:
             return
         with self._queue_lock:
             number = next(self._request_ids)
+            account = self._accounts.get(client) if self._accounts else None
             self._pending[number] = _Pending(exchange, reply)
             self._scheduler.submit(
                 Request(
@@ -132,6 +136,7 @@ class Engine:
                     self.clock(),
                     opens=exchange.op is Op.EMBEDDING,
                     divisible=batch.divisible(exchange, plan.joinable),
+                    tenant=account.tenant if account is not None else None,
                 )
             )
 
@@ -261,8 +266,8 @@ class Engine:
             self.stats.batch_ran(exchange.op, size, chosen.rows, now_s, elapsed_s)
             for request in chosen.requests:
                 stats = self.stats.clients.get(request.client)
-                account = self._accounts.get(request.client)
-                if account is not None:
+                account = self._tenants.get(request.tenant) if self._tenants else None
+                if account is not None:  # its client may have left meanwhile
                     share = 1.0 if chosen.is_piece else request.rows / rows
                     account.spent(elapsed_s * share, now_s)
                 if stats is not None:

@@ -98,6 +98,7 @@ class Guard:
         for name, account in self._accounts.items():
             if name in store.tenants:
                 account.limit(store.tenants[name].quota, now_s)
+                account.share = store.tenants[name].share  # in force from its next session on
         for client, holder in self._passes.items():
             tenant = store.tenants.get(holder.tenant.name, holder.tenant)
             self._passes[client] = holder._replace(tenant=tenant)
@@ -150,7 +151,7 @@ class Guard:
     def _account(self, tenant: Tenant) -> Account:
         account = self._accounts.get(tenant.name)
         if account is None:
-            account = Account(tenant.name, tenant.quota, self._clock())
+            account = Account(tenant.name, tenant.quota, self._clock(), tenant.share)
             self._accounts[tenant.name] = account
         return account
 

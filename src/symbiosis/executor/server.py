@@ -306,7 +306,8 @@ class Server:
     def _make_room(self, newest: Connection) -> None:
         """Too many clients: no more. Too many that have not greeted: the oldest of them goes, for
         clients greet at once."""
-        if len(self._connections) - len(self._strangers) >= self.bounds.connections:
+        full = len(self._connections) - len(self._strangers) >= self.bounds.connections
+        if full and not isinstance(newest, AdminConnection):  # the operator can always come in
             newest.fail(_full(f"serves {self.bounds.connections} clients already"))
         elif len(self._strangers) > self.bounds.strangers:
             next(iter(self._strangers)).fail(_full("is being connected to by too many at once"))

@@ -72,8 +72,9 @@ class Account:
     Used by the server's thread alone, except `spent`, which the engine calls under its lock.
     """
 
-    def __init__(self, tenant: str, quota: Quota, now_s: float) -> None:
+    def __init__(self, tenant: str, quota: Quota, now_s: float, share: float = 1.0) -> None:
         self.tenant = tenant
+        self.share = share
         self.quota = NO_LIMITS
         self.sessions = 0
         self.bytes_in_flight = 0
@@ -147,6 +148,7 @@ class Account:
             "executor_s": self.executor_s,
             "rows_left": self._rows and self._rows.level(now_s),
             "executor_s_left": self._seconds and self._seconds.level(now_s),
+            "share": self.share,
             "quota": self.quota._asdict(),
         }
 
