@@ -103,6 +103,7 @@ class Executor:
         fetch: FetchPolicy = "allow",
         masked: Sequence[Bits] = (),
         keys: Path | None = None,
+        bounds: Bounds = Bounds(),
     ) -> Executor:
         """Load a local ``transformers`` folder or a hub id; raises ModelError.
 
@@ -118,6 +119,7 @@ class Executor:
             fetch=fetch,
             masked=masked,
             keys=keys,
+            bounds=bounds,
         )
 
     @classmethod
