@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check conformance soak bench clean
+.PHONY: setup demo test check conformance fuzz soak bench clean
 
 setup: $(STAMP)
 
@@ -32,12 +32,16 @@ conformance: setup  ## every architecture and PEFT method, split against whole; 
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance --jobs 2
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.methods
 
+fuzz: setup  ## some 350,000 mutated frames against parsers and a server; about 5 minutes
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive SYMBIOSIS_LOG=error \
+		$(BIN)/python -W ignore -m tests.fuzz --frames 300000 --connections 20000
+
 SOAK ?= --minutes 5
 
 soak: setup  ## clients of all kinds come and go, some die, so does the executor; SOAK="--hours 8"
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -W ignore -m tests.soak $(SOAK)
 
-bench: setup  ## the figures of the README; about 20 minutes on 2 cores
+bench: setup  ## the figures of the README; about 25 minutes on 2 cores
 	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/finetuning.py
@@ -45,6 +49,7 @@ bench: setup  ## the figures of the README; about 20 minutes on 2 cores
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/policies.py
 	$(BIN)/python benchmarks/quantized.py
+	$(BIN)/python benchmarks/privacy.py
 	$(BIN)/python benchmarks/table.py
 
 clean:

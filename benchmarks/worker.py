@@ -1,6 +1,7 @@
 """One process of a benchmark: a model, whole or split, and units of work on command.
 
-``worker.py MODEL THREADS SEED``: MODEL is a folder or an executor's URL. Commands are JSON lines
+``worker.py MODEL THREADS SEED [PRIVACY]``: MODEL is a folder or an executor's URL, PRIVACY the
+options of a `symbiosis.Privacy` as JSON. Commands are JSON lines
 on standard input, outcomes JSON lines on standard output; the end of input ends the process.
 """
 
@@ -31,12 +32,14 @@ METHODS: dict[str, Callable[[], Any]] = {
 class Work:
     """The model and what can be done with it; every unit returns JSON."""
 
-    def __init__(self, source: str, seed: int) -> None:
+    def __init__(self, source: str, seed: int, privacy: dict[str, Any] | None = None) -> None:
         torch.manual_seed(seed)
         self._session: symbiosis.Session | None = None
         self._adapted: PeftModel | None = None
         if "://" in source:
-            self._session = symbiosis.connect(source, name=f"bench-{seed}")
+            self._session = symbiosis.connect(
+                source, name=f"bench-{seed}", privacy=symbiosis.Privacy(**(privacy or {}))
+            )
             self._model: PreTrainedModel = self._session.model()
         else:
             self._model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -95,6 +98,11 @@ class Work:
         stats = self._session.stats()
         return {name: getattr(stats, name) for name in stats.__dataclass_fields__}
 
+    def helper_bytes(self) -> dict[str, Any]:
+        """What the helper of ``masked-split`` has answered."""
+        assert self._session is not None
+        return {"bytes": self._session.privacy_report().masks.bytes_for_products}
+
     def _ids(self, batch: int, context: int) -> torch.Tensor:
         return torch.randint(0, self._vocabulary, (batch, context))
 
@@ -107,7 +115,8 @@ class Work:
 def main() -> None:
     source, threads, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(threads)
-    works = {source: Work(source, seed)}
+    privacy = json.loads(sys.argv[4]) if len(sys.argv) > 4 else None
+    works = {source: Work(source, seed, privacy)}
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         command = json.loads(line)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from symbiosis.client.session import Session
     from symbiosis.executor.executor import Executor
     from symbiosis.privacy.modes import Privacy, PrivacyReport
+    from symbiosis.transport.tls import Tls
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "PrivacyReport",
     "Session",
     "SymbiosisError",
+    "Tls",
     "__version__",
     "connect",
     "errors",
@@ -37,6 +39,7 @@ _HOMES = {
     "PrivacyReport": "symbiosis.privacy.modes",
     "Executor": "symbiosis.executor.executor",
     "Session": "symbiosis.client.session",
+    "Tls": "symbiosis.transport.tls",
 }
 
 

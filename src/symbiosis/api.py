@@ -12,6 +12,7 @@ from symbiosis.client.session import Opener, PriorityName, Session
 from symbiosis.client.verifying import Trust
 from symbiosis.privacy.modes import Mode, Privacy
 from symbiosis.transport.sockets import Address, SocketChannel
+from symbiosis.transport.tls import Secret, Tls
 
 if TYPE_CHECKING:
     from symbiosis.executor.executor import Executor
@@ -28,6 +29,8 @@ def connect(
     retry_s: float = 60.0,
     silence_s: float | None = None,
     arena_bytes: int = 4 << 30,
+    key: str | None = None,
+    tls: Tls | None = None,
     expect_digest: str | None = None,
     verify: float = 0.0,
     weights: str | None = None,
@@ -35,12 +38,13 @@ def connect(
 ) -> Session:
     """Open a session with the executor at ``base``.
 
-    ``base`` is ``unix:///path.sock``, ``tcp://host:port``, or an `Executor` of this process.
-    ``name`` is what ``symbiosis status`` shows. ``priority`` says whether a person waits for the
-    answers (``interactive``) or a training loop does (``training``); ``auto`` decides for each
-    exchange by whether gradients are recorded. Among clients of one priority, this one's turn
-    comes as if it had waited ``weight`` times as long (0.1 to 10). The executor holds none of its
-    exchanges for others beyond ``deadline_ms`` after arrival (0: never holds them).
+    ``base`` is ``unix:///path.sock``, ``tcp://host:port``, ``tls://host:port``, or an `Executor`
+    of this process. ``name`` is what ``symbiosis status`` shows. ``priority`` says whether a
+    person waits for the answers (``interactive``) or a training loop does (``training``);
+    ``auto`` decides for each exchange by whether gradients are recorded. Among clients of one
+    priority, this one's turn comes as if it had waited ``weight`` times as long (0.1 to 10). The
+    executor holds none of its exchanges for others beyond ``deadline_ms`` after arrival (0: never
+    holds them).
     ``timeout_s`` bounds connecting.
 
     When the connection is lost in mid-session, it is opened anew for up to ``retry_s`` and what
@@ -49,7 +53,10 @@ def connect(
     that is there may say nothing in mid-exchange before the connection counts as lost (None: it
     may compute as long as it likes). ``arena_bytes`` is the address space that is shared with an
     executor behind a UNIX socket, for large tensors; memory is taken as it is used, and 0 sends
-    everything through the socket.
+    everything through the socket. ``key`` is an API key, for executors that ask for one; it is
+    sent over tls:// or within the host only, and goes along when a session is pickled for a
+    worker process. ``tls`` says what to trust and show at a tls:// address; by default the
+    system's authorities are trusted. The hostname is always verified.
 
     ``expect_digest`` pins the model: what ``symbiosis digest FOLDER`` prints. An executor that
     claims another is left before anything is sent, and every file, small parameter and fetched
@@ -61,33 +68,32 @@ def connect(
 
     ``privacy`` hides what is sent from whoever runs the executor: ``plain`` (nothing is hidden),
     ``masked-local``, or a `symbiosis.Privacy` that says more; `Session.privacy_report` says what
-    that promises.
+    that promises. A helper that it names is trusted by ``tls.ca`` too; ``key`` and certificate
+    never go there.
 
-    Raises ConnectionFailed, ProtocolError, ModelError, PrivacyError.
+    Raises ConnectionFailed, AuthenticationFailed, QuotaExceeded, ProtocolError, ModelError,
+    PrivacyError.
     """
     trust = Trust.of(expect_digest, verify, weights)
     chosen = Privacy.of(privacy)
+    dial = functools.partial(
+        SocketChannel, timeout_s=timeout_s, silence_s=silence_s, arena_bytes=arena_bytes
+    )
     make: Callable[..., Session] = Session
     if not chosen.is_plain:
         helper = None
         if chosen.helper is not None:
-            second = str(Address.parse(chosen.helper))
-            chosen = replace(chosen, helper=second)
+            address = Address.parse(chosen.helper)
+            chosen = replace(chosen, helper=str(address))
             # Of another operator, who is told nothing that is meant for the executor's.
-            helper = functools.partial(
-                SocketChannel,
-                second,
-                timeout_s=timeout_s,
-                silence_s=silence_s,
-                arena_bytes=arena_bytes,
-            )
+            trusted = None if tls is None or not address.is_tls else Tls(ca=tls.ca)
+            helper = functools.partial(dial, str(address), tls=trusted)
         make = functools.partial(PrivateSession, privacy=chosen, helper=helper)
     opener: Opener
     if isinstance(base, str):
         url = str(Address.parse(base))
-        opener = functools.partial(
-            SocketChannel, url, timeout_s=timeout_s, silence_s=silence_s, arena_bytes=arena_bytes
-        )
+        secret = None if key is None else Secret(key)
+        opener = functools.partial(dial, url, key=secret, tls=tls)
     else:
         url, opener = "inproc", base.open_channel
     return make(

@@ -6,6 +6,8 @@
     ├── ProtocolError           the bytes on the wire make no sense; the connection is closed
     │   └── DamagedFrame        they are not those that were sent: a checksum is wrong
     ├── ConnectionFailed        no executor answers at that address
+    ├── AuthenticationFailed    no key, a wrong one, or one that is no longer valid: never which
+    ├── QuotaExceeded           the tenant has used up what it may
     ├── ConnectionLost          the executor or the network went away in mid-session
     ├── ExchangeRefused         the executor understood the exchange and will not run it
     │   ├── UnknownWeight       no such weight in the hosted model
@@ -13,7 +15,9 @@
     │   ├── InvalidInput        shape, dtype or value does not fit the weight
     │   └── ExchangeFailed      the computation itself failed (out of memory, for example)
     ├── IntegrityError          an answer is not the product that was asked for
-    ├── FetchRefused            this executor does not hand out its weights
+    ├── RequestRefused          this tenant may not ask that
+    │   └── FetchRefused        this executor does not hand out its weights
+    ├── KeyStoreError           the file of keys and tenants is malformed, or others can read it
     ├── UnsupportedOperation    no meaning is defined for this use of a remote weight
     ├── PrivacyError            a privacy mode cannot keep its promise, so nothing was sent
     ├── ModelError              a model folder cannot be hosted, or is not the one hosted here
@@ -50,6 +54,18 @@ class ConnectionFailed(SymbiosisError):
     """No executor could be reached."""
 
     code = "connection-failed"
+
+
+class AuthenticationFailed(SymbiosisError):
+    """The executor does not know this client; the connection is closed. It does not say why."""
+
+    code = "authentication-failed"
+
+
+class QuotaExceeded(SymbiosisError):
+    """The tenant has used up its sessions or its executor time."""
+
+    code = "quota-exceeded"
 
 
 class ConnectionLost(SymbiosisError):
@@ -94,10 +110,22 @@ class IntegrityError(SymbiosisError):
     code = "integrity"
 
 
-class FetchRefused(SymbiosisError):
+class RequestRefused(SymbiosisError):
+    """A question outside the data path that this tenant may not ask."""
+
+    code = "request-refused"
+
+
+class FetchRefused(RequestRefused):
     """The executor's policy does not let weights leave it."""
 
     code = "fetch-refused"
+
+
+class KeyStoreError(SymbiosisError):
+    """The file of keys and tenants cannot be used."""
+
+    code = "key-store"
 
 
 class UnsupportedOperation(SymbiosisError, NotImplementedError):

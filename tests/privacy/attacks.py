@@ -10,7 +10,6 @@ states; label recovery from gradients (Zhao et al., arXiv 2001.02610); the rest 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +145,11 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
     return float((found.double() - truth.double()).norm() / truth.double().norm())
 
 
+def resemblance(found: Tensor, truth: Tensor) -> float:
+    """The cosine between two matrices, whatever their scales."""
+    return float(F.cosine_similarity(found.double().flatten(), truth.double().flatten(), dim=0))
+
+
 # Labels
 
 
@@ -208,22 +212,23 @@ def chance(guesses_T: Tensor, truth_T: Tensor, vocabulary: int) -> float:
 
 
 def at_chance(guesses_T: Tensor, truth_T: Tensor, vocabulary: int) -> bool:
-    """Whether no more than chance and three standard deviations were guessed right.
-
-    For a rare hit the normal law says too little: one more hit is allowed than it says.
-    """
-    expected = len(truth_T) * chance(guesses_T, truth_T, vocabulary)
+    """Whether no more was guessed right than `excused` says."""
     hits = int((guesses_T == truth_T).sum())
-    return hits <= expected + 3 * math.sqrt(expected) + 1
+    return hits <= excused(chance(guesses_T, truth_T, vocabulary), len(truth_T))
+
+
+def excused(rate: float, count: int) -> float:
+    """Hits out of ``count`` that say nothing, if each comes by chance at ``rate``.
+
+    Masks are drawn anew in every run, and there are some fifty checks: three standard deviations
+    for all of them together are four and a half for each, and three hits where hits are rare.
+    """
+    return count * rate + 4.5 * math.sqrt(count * rate) + 3
 
 
 def constant_guess(known_T: Tensor, truth_T: Tensor) -> float:
     """How often the most frequent token of what is known is right elsewhere."""
     return share(known_T.mode().values.expand_as(truth_T), truth_T)
-
-
-Reading = Callable[[Tensor], Tensor]
-"""A way to take integers for numbers: (T, I) of a ring → (T, K) float."""
 
 
 def share(guesses: Tensor | list[int], truth: Tensor | list[int]) -> float:

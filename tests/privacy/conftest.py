@@ -42,9 +42,9 @@ def matcher(whole: LlamaForCausalLM) -> Matcher:
 
 @pytest.fixture(scope="session")
 def base_executor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where the base is served, in fp32."""
+    """Where the base is served, in fp32 and masked."""
     url = f"unix://{tmp_path_factory.mktemp('base')}/base.sock"
-    with Executor.load(str(traffic.BASE), dtype=torch.float32) as executor:
+    with Executor.load(str(traffic.BASE), dtype=torch.float32, masked=(8, 16)) as executor:
         executor.listen([url])
         yield url
 
@@ -53,12 +53,13 @@ def base_executor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def record(
     base_executor: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[traffic.Record]:
-    """``record(**options of connect)``: a client's work, seen by a recorder."""
+    """``record(windows=…, **options of connect)``: a client's work, seen by a recorder."""
     folder: Path = tmp_path_factory.mktemp("recorders")
     made: list[traffic.Traffic] = []
 
-    def run(**options: object) -> traffic.Traffic:
-        made.append(traffic.record(Recorder(folder, base_executor), traffic.text(), **options))
+    def run(*, windows: int = traffic.WINDOWS, **options: object) -> traffic.Traffic:
+        ids = traffic.text()[:windows]
+        made.append(traffic.record(Recorder(folder, base_executor), ids, **options))
         return made[-1]
 
     yield run
@@ -71,3 +72,13 @@ def record(
 def plain(record: traffic.Record) -> traffic.Traffic:
     """Traffic that nothing hides."""
     return record()
+
+
+@pytest.fixture(scope="session")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorder]:
+    """A recorder before a second executor with the same base: a helper, which multiplies masks."""
+    folder = tmp_path_factory.mktemp("helper")
+    with Executor.load(str(traffic.BASE), dtype=torch.float32, masked=(8,)) as executor:
+        executor.listen([f"unix://{folder}/base.sock"])
+        with Recorder(folder, f"unix://{folder}/base.sock") as recorder:
+            yield recorder

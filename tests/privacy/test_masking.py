@@ -108,6 +108,16 @@ def test_no_product_can_wrap_around(
             assert abs(sum(a * b for a, b in zip(row, out, strict=True))) <= LIMIT[bits]
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_rounding_cannot_wrap_around_either(bits: int) -> None:
+    """All numbers of a row round up together, and the weight has the row's own direction."""
+    most = 127 if bits == 8 else 32767
+    for width in range(1, 400):
+        fixed = to_fixed(torch.ones(1, width), most * width**0.5, bits)
+        reached = most * sum(fixed.residues[0].tolist())
+        assert 0.99 * LIMIT[bits] < reached <= LIMIT[bits]
+
+
 @given(st.integers(0, 2**31), st.integers(1, 200), bits_of, st.integers(-30, 30))
 def test_fixed_point_uses_the_room_there_is(
     seed: int, width: int, bits: int, exponent: int

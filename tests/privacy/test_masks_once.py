@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import Base
+from operators import Base
 from recorder import Recorder
 from torch import Tensor
 

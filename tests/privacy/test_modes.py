@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
-from processes import COMMAND, Base
+from operators import COMMAND, Base
 from recorder import Recorder
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -271,7 +271,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def operators(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Base, Base]]:
+def two_operators(
+    files: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Base, Base]]:
     """Two processes that know nothing of each other."""
     folder = tmp_path_factory.mktemp("operators")
     first, second = (Base(files, folder, "--masked", 8, "--masked", 16) for _ in range(2))
@@ -287,9 +289,9 @@ def command(*args: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_commands_with_two_operators(
-    operators: tuple[Base, Base], files: Path, tmp_path: Path
+    two_operators: tuple[Base, Base], files: Path, tmp_path: Path
 ) -> None:
-    first, second = operators
+    first, second = two_operators
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps({"text": "the cat sat"}) + "\n" for _ in range(8)))
     split = ("--privacy", "masked-split", "--privacy-helper", second.url, "--privacy-bits", 16)
@@ -313,8 +315,8 @@ def test_commands_with_two_operators(
     assert texts[0] == texts[1] == texts[2]
 
 
-def test_a_command_that_cannot_keep_it_says_so(operators: tuple[Base, Base]) -> None:
-    first, _ = operators
+def test_a_command_that_cannot_keep_it_says_so(two_operators: tuple[Base, Base]) -> None:
+    first, _ = two_operators
     outcome = command(
         "generate", "--base", first.url, "--prompt", "x", "--privacy", "masked-split",
         "--privacy-helper", first.url,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,11 @@ from symbiosis import Session, connect
 
 BASE = Path(__file__).parents[2] / "base" / "model"
 LENGTH = 256
-WINDOWS = 12
+WINDOWS = 5
 TRAINED_WINDOWS = 4
 RANK = 8
 ADAPTED_LAYER = 2
-PROMPT = 24
+PROMPT = 16
 """Tokens that are sought among the whole vocabulary; each costs the model's first layers on every
 token that there is."""
 VOCABULARY = 4096
@@ -33,6 +34,7 @@ class Traffic:
     """What a recorder saw of one client, and what the client knows (the truth)."""
 
     prompt: list[Seen]  # of the first `PROMPT` ids, without an adapter
+    again: list[Seen]  # of the same
     forward: list[Seen]  # of `ids`, with a LoRA
     backward: list[Seen]  # of a training step on the first windows, forward included
     ids: Tensor  # (WINDOWS, LENGTH)
@@ -66,8 +68,8 @@ def text() -> Tensor:
 
 
 def record(recorder: Recorder, ids: Tensor, **options: object) -> Traffic:
-    """Work through ``recorder``: a prompt, then a forward pass and a training step with a
-    random LoRA of the kind that people train. ``options``: of `symbiosis.connect`."""
+    """Work through ``recorder``: a prompt again and again, then a forward pass and a training step
+    with a random LoRA of the kind that people train. ``options``: of `symbiosis.connect`."""
     session = connect(recorder.url, arena_bytes=0, **options)  # type: ignore[arg-type]
     torch.manual_seed(0)
     settings = peft.LoraConfig(
@@ -77,18 +79,18 @@ def record(recorder: Recorder, ids: Tensor, **options: object) -> Traffic:
     )
     model = peft.get_peft_model(session.model(), settings)
     with torch.no_grad():
+        ends = []
         with model.disable_adapter():
-            model(ids[:1, :PROMPT])
-        asked = len(recorder.seen)
+            for _ in range(3):  # once to learn which products share an input
+                model(ids[:1, :PROMPT])
+                ends.append(len(recorder.seen))
         model(ids)
-    forward = len(recorder.seen)
+    ends.append(len(recorder.seen))
     trained = ids[:TRAINED_WINDOWS]
     model(trained, labels=trained).loss.backward()
     up = model.get_submodule(f"base_model.model.model.layers.{ADAPTED_LAYER}.mlp.up_proj")
     return Traffic(
-        recorder.seen[:asked],
-        recorder.seen[asked:forward],
-        recorder.seen[forward:],
+        *(recorder.seen[a:b] for a, b in itertools.pairwise([*ends, len(recorder.seen)])),
         ids,
         trained[:, 1:],
         up.get_delta_weight("default").detach(),

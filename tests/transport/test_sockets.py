@@ -60,7 +60,9 @@ def test_good_addresses(url: str, address: Address) -> None:
     ],
 )
 def test_bad_addresses_are_told_the_accepted_forms(url: str) -> None:
-    with pytest.raises(ConnectionFailed, match=r"unix:///path.sock or tcp://host:port"):
+    with pytest.raises(
+        ConnectionFailed, match=r"unix:///path.sock, tcp://host:port or tls://host:port"
+    ):
         Address.parse(url)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from symbiosis.cli import console
+from symbiosis.cli.access import Access, KeyFile, TlsCa, TlsCert, TlsKey, access
 from symbiosis.jobs.spec import SCHEDULERS, FinetuneSpec
 
 if TYPE_CHECKING:
@@ -108,6 +109,10 @@ def finetune(
     privacy_bits: console.PrivacyBits = 8,
     privacy_weights: console.PrivacyWeights = None,
     threads: console.Threads = None,
+    key_file: KeyFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
 ) -> None:
     """Train an adapter: the frozen weights stay with the executor, everything else is here.
 
@@ -116,9 +121,10 @@ def finetune(
     on with --resume and gives the very adapter that it would have given.
     """
     values = dict(locals())
-    for key in ("peft", "option", "config", "threads"):
+    for key in ("peft", "option", "config", "threads", "key_file", "tls_ca", "tls_cert", "tls_key"):
         del values[key]
-    _run(values, peft, option or [], config, threads)
+    allowed = access(key_file, tls_ca, tls_cert, tls_key)
+    _run(values, peft, option or [], config, threads, allowed)
 
 
 def _run(
@@ -127,6 +133,7 @@ def _run(
     assignments: list[str],
     config: Path | None,
     threads: int | None,
+    allowed: Access,
 ) -> None:
     console.quiet_libraries()
     from symbiosis.jobs.methods import read_options
@@ -142,7 +149,7 @@ def _run(
     console.set_threads(threads)
     try:
         with progress_of(spec.name or spec.out.name) as on_event:
-            report = job.run(spec, on_event)
+            report = job.run(spec, on_event, key=allowed.key, tls=allowed.tls)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; the same command with --resume goes on: {spec.out}", err=True)
         raise typer.Exit(130) from None

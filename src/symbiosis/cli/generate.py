@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from symbiosis.cli import console
+from symbiosis.cli.access import Access, KeyFile, TlsCa, TlsCert, TlsKey, access
 from symbiosis.jobs.spec import GenerateSpec
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ def generate(
     privacy_bits: console.PrivacyBits = 8,
     privacy_weights: console.PrivacyWeights = None,
     threads: console.Threads = None,
+    key_file: KeyFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
 ) -> None:
     """Answer every prompt with every adapter; the text streams to stdout, figures to stderr."""
     chosen = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
@@ -84,16 +89,16 @@ def generate(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    _run(spec, threads)
+    _run(spec, threads, access(key_file, tls_ca, tls_cert, tls_key))
 
 
-def _run(spec: GenerateSpec, threads: int | None) -> None:
+def _run(spec: GenerateSpec, threads: int | None, allowed: Access) -> None:
     console.quiet_libraries()
     from symbiosis.jobs import generate as job
 
     console.set_threads(threads)
     labelled = len(spec.prompts) > 1 or len(spec.adapters) > 1
-    for answer in job.run(spec, _writer(labelled)):
+    for answer in job.run(spec, _writer(labelled), key=allowed.key, tls=allowed.tls):
         typer.echo(_figures(answer), err=True)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from symbiosis import __version__
-from symbiosis.cli import console
+from symbiosis.cli import admin, console, keys
 from symbiosis.cli.digest import digest
 from symbiosis.cli.finetune import finetune
 from symbiosis.cli.generate import generate
@@ -19,7 +19,8 @@ from symbiosis.errors import SymbiosisError
 ABOUT = """The base model as a service: one executor hosts the frozen weights, many adapters train \
 and answer against it.
 
-Environment: SYMBIOSIS_BASE is the default of --base; SYMBIOSIS_LOG is debug, info (the default), \
+Environment: SYMBIOSIS_BASE is the default of --base; SYMBIOSIS_KEY is the API key unless \
+--key-file names one; SYMBIOSIS_LOG is debug, info (the default), \
 warning or error, and with debug, errors come with their traceback."""
 
 app = typer.Typer(
@@ -58,6 +59,8 @@ SERVE_EXAMPLES = console.examples(
     "symbiosis serve ./my-llama --listen unix:///tmp/base.sock --listen tcp://127.0.0.1:7420",
     "symbiosis serve ./my-llama --dtype float32 --policy lockstep --threads 8",
     "symbiosis serve ./my-llama --device cuda --dtype bfloat16 --fetch deny",
+    "symbiosis serve ./my-llama --listen tls://0.0.0.0:7420 --tls-cert cert.pem --tls-key key.pem "
+    "--keys keys.json --admin unix:///run/symbiosis/admin.sock",
 )
 FINETUNE_EXAMPLES = console.examples(
     "symbiosis finetune --base unix:///tmp/base.sock --data train.jsonl --out ./my-adapter",
@@ -89,6 +92,8 @@ app.command(epilog=GENERATE_EXAMPLES, no_args_is_help=True, help=console.help_of
     generate
 )
 app.command(epilog=STATUS_EXAMPLES)(status)
+app.add_typer(keys.app, name="keys")
+app.add_typer(admin.app, name="admin")
 app.command(epilog=DIGEST_EXAMPLES, no_args_is_help=True, help=console.help_of(digest))(digest)
 
 

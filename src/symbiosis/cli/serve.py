@@ -15,7 +15,8 @@ import typer
 
 from symbiosis import __version__
 from symbiosis.cli import console
-from symbiosis.errors import ConnectionFailed, SymbiosisError
+from symbiosis.cli.doors import Doors, check, server_tls
+from symbiosis.errors import SymbiosisError
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from symbiosis.executor.executor import Executor
     from symbiosis.executor.quantized import Scheme
     from symbiosis.privacy.modes import Bits
-    from symbiosis.transport.sockets import Address
 
 DEFAULT_URL = "tcp://127.0.0.1:7420"
 
@@ -64,7 +64,8 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="URL",
-            help="unix:///path.sock or tcp://host:port (port 0: any free one); may be repeated.",
+            help="unix:///path.sock, tcp://host:port or tls://host:port (port 0: any free one); "
+            "may be repeated.",
             show_default=DEFAULT_URL,
         ),
     ] = None,
@@ -124,12 +125,48 @@ def serve(
         bool,
         typer.Option(
             "--allow-remote",
-            help="Listen on addresses that other machines can reach. There is no encryption and "
-            "no authentication yet: whoever reaches the port can use the model, see the names of "
-            "its clients and, unless --fetch deny, copy its weights; and whoever is on the way "
-            "can read all activations. Only for networks where everybody may.",
+            help="Take away the check that addresses which other machines can reach are tls:// "
+            "and ask for a key or a certificate. Over tcp:// whoever is on the way reads all "
+            "activations and, unless --keys, whoever reaches the port uses the model, sees its "
+            "clients and copies its weights. Only for networks where everybody may.",
         ),
     ] = False,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="The key store: every client of whatever address has to show a key that is in "
+            "it, or a certificate that names one of its tenants. See `symbiosis keys --help`.",
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(help="PEM file of the certificate (and chain) for tls:// addresses."),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="Its private key, if that is not in the same file.")
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            help="Mutual TLS: clients of tls:// addresses have to show a certificate from one of "
+            "the authorities in this PEM file. Without --keys, its name is its tenant's.",
+        ),
+    ] = None,
+    admin: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="unix:///path.sock where `symbiosis admin` is answered."),
+    ] = None,
+    max_clients: Annotated[
+        int, typer.Option(min=1, help="Sessions of all tenants at a time; more are refused.")
+    ] = 1024,
+    exchange_memory: Annotated[
+        float,
+        typer.Option(
+            min=0.01,
+            metavar="GB",
+            help="For what all clients send and are answered at a time; beyond it they wait.",
+        ),
+    ] = 4.0,
 ) -> None:
     """Host a base model: its frozen weights, once, for any number of clients.
 
@@ -139,11 +176,13 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     console.quiet_libraries()
+    from symbiosis.executor.bounds import Bounds
     from symbiosis.executor.executor import Executor
 
     console.set_threads(threads)
     urls = listen or [DEFAULT_URL]
-    _check_addresses(urls, allow_remote)
+    doors = Doors(urls, server_tls(tls_cert, tls_key, tls_client_ca), allow_remote, admin)
+    check(doors, keys)
     _check_device(device)
     typer.echo(f"symbiosis {__version__}: loading {model}")
     load = functools.partial(
@@ -156,12 +195,14 @@ def serve(
         training_share=training_share,
         fetch=fetch.value,
         masked=_bits(masked or []),
+        keys=keys,
+        bounds=Bounds(connections=max_clients, memory_bytes=int(exchange_memory * 1e9)),
     )
     terms = f"{policy}, training share {training_share:g}, fetch {fetch}"
     if supervise:
-        raise typer.Exit(_supervise(load, urls, device, terms))
+        raise typer.Exit(_supervise(load, doors, device, terms))
     with load() as executor:
-        taken = executor.listen(urls)
+        taken = doors.open(executor)
         _announce(executor, taken, terms)
         executor.wait()
     raise SymbiosisError(_STOPPED)
@@ -170,7 +211,7 @@ def serve(
 _STOPPED = "the executor stopped by itself; its log above says why"
 
 
-def _supervise(load: Callable[[], Executor], urls: list[str], device: str, terms: str) -> int:
+def _supervise(load: Callable[[], Executor], doors: Doors, device: str, terms: str) -> int:
     """Load (on the CPU) and listen here, and serve in children; the exit code."""
     import torch
 
@@ -182,14 +223,14 @@ def _supervise(load: Callable[[], Executor], urls: list[str], device: str, terms
     loaded = None if device.startswith("cuda") else load()  # CUDA does not survive a fork
     if loaded is not None:
         loaded.digest.wait()  # once, and by threads that a fork would lose
-    listeners = [listen(Address.parse(url)) for url in urls]
+    listeners = [listen(Address.parse(url)) for url in doors.urls]
     for listener, _ in listeners:
         listener.setblocking(False)
 
     def work(ready: Callable[[], None], again: bool) -> None:
         torch.set_num_threads(threads)
         with loaded or load() as executor:
-            taken = executor.listen(urls, listeners)
+            taken = doors.open(executor, listeners)
             ready()
             if not again:
                 _announce(executor, taken, terms)
@@ -210,30 +251,6 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_DFL)
     raise SystemExit(0)
-
-
-def _check_addresses(urls: list[str], allow_remote: bool) -> None:
-    """Find out before minutes are spent on loading. Raises ConnectionFailed."""
-    from symbiosis.transport.sockets import Address
-
-    addresses = [Address.parse(url) for url in urls]
-    for address in addresses:
-        if not address.is_loopback and not allow_remote:
-            raise ConnectionFailed(
-                f"{address} can be reached from other machines, and there is neither encryption "
-                f"nor authentication yet; read `symbiosis serve --help` on --allow-remote"
-            )
-    for address in addresses:
-        _try(address)
-
-
-def _try(address: Address) -> None:
-    from symbiosis.transport.sockets import listen
-
-    listener, _ = listen(address)
-    listener.close()
-    if address.path is not None:
-        os.unlink(address.path)
 
 
 def _check_device(device: str) -> None:

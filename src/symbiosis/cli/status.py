@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from symbiosis.cli import console
+from symbiosis.cli.access import KeyFile, TlsCa, TlsCert, TlsKey, access
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -29,11 +30,17 @@ def status(
     interval: Annotated[
         float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks.")
     ] = 1.0,
+    key_file: KeyFile = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
 ) -> None:
-    """Show an executor's clients, exchanges per second, batch sizes, memory and queue times."""
+    """Show an executor's clients, exchanges per second, batch sizes, memory and queue times; with
+    a key, those of its tenant."""
     import symbiosis
 
-    with symbiosis.connect(base, name="status", retry_s=0) as session:
+    key, tls = access(key_file, tls_ca, tls_cert, tls_key)
+    with symbiosis.connect(base, name="status", retry_s=0, key=key, tls=tls) as session:
         if as_json:
             _print_json(session, once, interval)
         elif once:
@@ -72,7 +79,25 @@ def render(stats: Stats) -> RenderableType:
     """The facts on two lines, and a row per client."""
     from rich.console import Group
 
-    return Group(_facts(stats), _clients(stats["clients"]))
+    facts = _tenant_facts(stats) if "tenant" in stats else _facts(stats)
+    return Group(facts, _clients(stats["clients"]))
+
+
+def _tenant_facts(stats: Stats) -> str:
+    """What an executor with tenants tells each of them."""
+    tenant = stats["tenant"]
+    return (
+        f"{_model(stats)}, policy {stats['policy']}\n"
+        f"tenant {tenant['name']}: {tenant['sessions']} sessions, {tenant['rows']:,} rows, "
+        f"{tenant['executor_s']:.1f} s of the executor's time"
+    )
+
+
+def _model(stats: Stats) -> str:
+    return (
+        f"{stats['model']}: {stats['architecture']}, {console.amount(stats['parameters'])} "
+        f"parameters in {_numbers(stats)} on {stats['device']}"
+    )
 
 
 def _facts(stats: Stats) -> str:
@@ -82,8 +107,7 @@ def _facts(stats: Stats) -> str:
     holds = stats.get("holds", 0)
     held = f"{holds:,} held for {1e3 * stats['held_s'] / holds:.2f} ms, " if holds else ""
     return (
-        f"{stats['model']}: {stats['architecture']}, {console.amount(stats['parameters'])} "
-        f"parameters in {_numbers(stats)} on {stats['device']}, policy {stats['policy']}, "
+        f"{_model(stats)}, policy {stats['policy']}, "
         f"up {console.duration(stats['uptime_s'])}\n"
         f"{stats['exchanges_per_s']:,.1f} exchanges/s, {stats['rows_per_s']:,.0f} rows/s, "
         f"{stats['exchanges']:,} exchanges in {batches:,} batches (mean {mean:.2f}, largest "

@@ -37,7 +37,7 @@ from symbiosis.client.welcome import (
     vector_table,
     weight_table,
 )
-from symbiosis.errors import ConnectionLost, ProtocolError, SymbiosisError
+from symbiosis.errors import AuthenticationFailed, ConnectionLost, ProtocolError, SymbiosisError
 from symbiosis.privacy.modes import Privacy, PrivacyReport, report_of
 from symbiosis.transport.channel import Channel
 from symbiosis.wire.exchange import NO_BIAS, Exchange, Op, Priority
@@ -441,7 +441,8 @@ class Session:
         """After a refusal the channel is in order. After anything else (it is lost, out of step,
         or we were interrupted while an answer was under way) the next use opens a new one."""
         refused = isinstance(error, SymbiosisError)
-        if not refused or isinstance(error, (ConnectionLost, ProtocolError)):
+        ended = (ConnectionLost, ProtocolError, AuthenticationFailed)  # the last: a revoked key
+        if not refused or isinstance(error, ended):
             self._drop_channel()
 
     def _open(self) -> Channel:

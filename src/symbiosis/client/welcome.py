@@ -102,6 +102,7 @@ def recognise(
     Waits until the executor has computed its digest. Raises ModelError, ProtocolError, and what
     `Channel.request` raises.
     """
+    table = weight_table(channel.welcome)
     found = _identity(channel, with_entries=expected is not None and known is None)
     hosted = channel.welcome.get("model")
     if known is None:
@@ -111,7 +112,7 @@ def recognise(
                 f"weights, files, dtype or quantisation. Nothing was sent to it"
             )
         return found
-    if found.digest != known.digest or weight_table(channel.welcome) != weight_table(before):
+    if found.digest != known.digest or table != weight_table(before):
         raise ModelError(
             f"{url} no longer hosts {before.get('model')} as it was, but {hosted} with other "
             f"weights, files, dtype or quantisation: connect anew and build the model again"

@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from symbiosis.errors import ProtocolError, SymbiosisError
+from symbiosis.errors import ConnectionLost, ProtocolError, SymbiosisError
+from symbiosis.executor.bounds import FREE_BYTES, Bounds, Progress, Reading, Taken
 from symbiosis.executor.ops import Plan
 from symbiosis.executor.ring import only_ring
+from symbiosis.executor.tenants import Account
 from symbiosis.transport.arena import ArenaUnfit, AttachedArena, receive_with_descriptors
 from symbiosis.transport.sockets import exchange_parts
+from symbiosis.transport.tls import TlsSocket, reason_of
 from symbiosis.wire.checksums import checked
 from symbiosis.wire.exchange import Exchange, Result, pack_result
 from symbiosis.wire.frames import (
@@ -29,12 +32,13 @@ from symbiosis.wire.frames import (
     FrameReader,
     Json,
     Kind,
+    Postponed,
     Rejected,
     error_frame,
     json_frame,
 )
 from symbiosis.wire.places import Places
-from symbiosis.wire.tensors import as_bytes, from_payload, spec_of
+from symbiosis.wire.tensors import as_bytes, from_payload, offsets, spec_of
 
 if TYPE_CHECKING:
     from symbiosis.executor.server import Server
@@ -46,14 +50,18 @@ MAX_IN_FLIGHT = 16
 are not taken, the connection is not read: that is the back-pressure."""
 
 
-Answer = tuple[int, Result | SymbiosisError, Places | None]
-"""Request, outcome, and the places for its results."""
+_JOINED_BYTES = 1 << 16
+
+Answer = tuple[int, Result | SymbiosisError, Places | None, Taken]
+"""Request, outcome, the places for its results, and what the exchange has taken."""
 
 
 class Desk(Protocol):
     """Who answers what is asked outside the data path: the `Executor`."""
 
-    def attach(self, hello: Json, transport: str) -> tuple[int, Json]: ...
+    def attach(
+        self, hello: Json, transport: str, certificate: tuple[str, ...] = ()
+    ) -> tuple[int, Json]: ...
 
     def detach(self, client: int) -> None: ...
 
@@ -63,24 +71,40 @@ class Desk(Protocol):
 class Connection:
     """One client's socket: its frames in, its answers out."""
 
-    def __init__(self, server: Server, accepted: socket.socket, transport: str) -> None:
+    def __init__(
+        self, server: Server, accepted: socket.socket | TlsSocket, transport: str, desk: Desk
+    ) -> None:
         self.socket = accepted
+        self.account: Account | None = None  # of its tenant, if there are tenants
         self._server = server
+        self._desk = desk
         self._transport = transport
+        self._tls = accepted if isinstance(accepted, TlsSocket) else None
         self._reader = FrameReader(server.limits, self._admit)
         self._client: int | None = None
         self._descriptors: tuple[int, ...] = ()  # came with HELLO, not yet mapped
         self._arena: AttachedArena | None = None
         self._outbox: deque[memoryview] = deque()
         self._in_flight = 0
+        self._arriving = Taken()  # by an exchange that the engine does not know yet
+        self._unsent_bytes = 0  # of the budget, by answers that are not sent yet
+        self._progress = Progress(server.watched_s)
         self._events = selectors.EVENT_READ
         self._held_back = False  # frames wait in the reader until answers are taken
         self._closed = False
         self._masked = False  # nothing but masked exchanges may come
 
+    @property
+    def client(self) -> int | None:
+        """Its number, once it has greeted."""
+        return self._client
+
     def ready(self, events: int) -> None:
         """The socket can be read, or written again."""
         try:
+            if self._tls is not None:
+                self._ready_encrypted(self._tls)
+                return
             if events & selectors.EVENT_WRITE:
                 self._flush()
             if events & selectors.EVENT_READ and not self._closed:
@@ -92,13 +116,42 @@ class Connection:
         """Go on with frames that were held back."""
         try:
             self._work()
+            if self._tls is not None and not self._held_back and self._tls.pending:
+                self._read()
         except Exception as error:  # noqa: BLE001
             self._contain(error)
+
+    def _ready_encrypted(self, tls: TlsSocket) -> None:
+        """Either event may let either direction go on."""
+        if not tls.established:
+            self._shake_hands(tls)
+        else:
+            if self._outbox:
+                self._flush()
+            if not self._closed and not self._held_back:
+                self._read()
+        self._update_events()
+
+    def _shake_hands(self, tls: TlsSocket) -> None:
+        if tls.begins_in_plain():
+            logger.warning("a client came to a tls:// address without TLS")
+            error = ProtocolError("this address takes TLS only: connect to tls://HOST:PORT")
+            tls.send_in_plain(error_frame(0, error))
+            self.close()
+            return
+        try:
+            tls.shake_hands()
+        except OSError as error:
+            logger.warning("a client's TLS handshake failed: %s", reason_of(error))
+            self.close()
 
     def _contain(self, error: Exception) -> None:
         """Whatever goes wrong with one connection ends that connection and no other."""
         if isinstance(error, ProtocolError):
             logger.warning("client %s broke the protocol: %s", self._client, error)
+            self.fail(error)
+        elif isinstance(error, SymbiosisError):  # not let in
+            logger.warning("a client over %s was refused: %s", self._transport, error)
             self.fail(error)
         elif isinstance(error, OSError):  # reset by the peer
             self.close()
@@ -109,10 +162,17 @@ class Connection:
             self.fail(SymbiosisError("internal error in the executor; its log says more"))
 
     def answer(
-        self, request: int, outcome: Result | SymbiosisError, places: Places | None = None
+        self,
+        request: int,
+        outcome: Result | SymbiosisError,
+        places: Places | None = None,
+        taken: Taken = Taken(),
     ) -> None:
         """An exchange has been computed or refused."""
+        if self.account is not None:
+            self.account.end(taken.input_bytes)
         if self._closed:
+            self._give_back(taken.memory_bytes)
             return
         self._in_flight -= 1
         if isinstance(outcome, SymbiosisError):
@@ -130,9 +190,31 @@ class Connection:
             parts = exchange_parts(Kind.RESULT, request, meta, specs, tensors)
             self._count(bytes_out=sum(map(len, parts)))
             self._send(parts)
+        if self._outbox:
+            self._unsent_bytes += taken.memory_bytes
+        else:
+            self._give_back(taken.memory_bytes)
         if self._held_back:
             self._server.resume(self)
         self._update_events()
+
+    def look(self, bounds: Bounds, now_s: float) -> None:
+        """End it if it is overdue; ``now_s`` counts only time in which sockets were looked
+        after."""
+        reading = Reading.NOTHING
+        if self._reader.mid_frame and not self._is_busy:
+            reading = Reading.PAYLOAD if self._reader.in_payload else Reading.HEAD
+        reason = self._progress.overdue(
+            bounds,
+            now_s,
+            greeted=self._client is not None,
+            reading=reading,
+            unsent=bool(self._outbox),
+            crowded=self._server.budget.crowded,
+        )
+        if reason is not None:
+            logger.warning("client %s is too slow, its connection ends: %s", self._client, reason)
+            self.fail(ConnectionLost(f"too slow: {reason}"))
 
     def flush_until(self, until_s: float) -> None:
         """Give the client time to take its answers, before `fail`."""
@@ -162,8 +244,10 @@ class Connection:
         self._arena = None
         self._outbox.clear()
         self._server.closed(self)
+        self._abandon_arriving()
+        self._give_back(self._unsent_bytes)
         if self._client is not None:
-            self._server.desk.detach(self._client)
+            self._desk.detach(self._client)
 
     def _read(self) -> None:
         try:
@@ -176,11 +260,13 @@ class Connection:
         if not received:
             self.close()
             return
+        self._progress.received += received
         self._reader.received(received)
         self._work()
 
     def _receive_greeting(self) -> int:
         """A descriptor may come with HELLO; one that comes later is dropped by the kernel."""
+        assert isinstance(self.socket, socket.socket)
         received, descriptors = receive_with_descriptors(self.socket, self._reader.buffer())
         if descriptors and self._descriptors:
             self._drop_descriptors(descriptors)
@@ -199,18 +285,59 @@ class Connection:
         while not self._closed:
             if self._outbox or self._in_flight >= MAX_IN_FLIGHT:
                 self._held_back = True
+                self._server.leave_line(self)  # if it waits for memory, it must not hold up others
+                break
+            if self.account is not None and self._is_over_quota(self.account):
+                self._held_back = True
+                self._server.delay(self)
+                self._server.leave_line(self)
                 break
             frame = self._reader.next()
             if frame is None:
                 break
+            self._progress.frames += 1
             if isinstance(frame, Rejected):
                 self._refuse(frame)
             else:
                 self._handle(frame)
         self._update_events()
 
+    def _is_over_quota(self, account: Account) -> bool:
+        """Must what has not begun to arrive wait? What has begun is on its account already."""
+        return not self._arriving.input_bytes and account.delay_s(self._server.engine.clock()) > 0
+
     def _admit(self, kind: Kind, meta: bytes, payload_bytes: int) -> object:
-        """Before memory is allocated: does the exchange fit the model's table?"""
+        """Before memory is allocated: does the exchange fit the model's table, and the quota?"""
+        admitted = self._fit(kind, meta, payload_bytes)
+        if admitted is None:
+            return None
+        exchange, plan, _ = admitted
+        memory_bytes, input_bytes = payload_bytes + plan.result_bytes, 0
+        if memory_bytes <= FREE_BYTES:
+            memory_bytes = 0
+        elif not self._server.take(self, memory_bytes):
+            self._held_back = True
+            raise Postponed
+        if self.account is not None:
+            input_bytes = offsets(exchange.specs)[1]
+            self.account.begin(input_bytes, plan.rows, self._server.engine.clock())
+        self._arriving = Taken(input_bytes, memory_bytes)
+        return admitted
+
+    def _abandon_arriving(self) -> None:
+        """An exchange that was admitted will not be complete."""
+        arriving, self._arriving = self._arriving, Taken()
+        if self.account is not None:
+            self.account.end(arriving.input_bytes)
+        self._give_back(arriving.memory_bytes)
+
+    def _give_back(self, memory_bytes: int) -> None:
+        if memory_bytes:
+            self._server.give_back(memory_bytes)
+
+    def _fit(
+        self, kind: Kind, meta: bytes, payload_bytes: int
+    ) -> tuple[Exchange, Plan, Places | None] | None:
         if (kind is Kind.HELLO) != (self._client is None):
             raise ProtocolError(f"unexpected {kind.name} frame: HELLO comes first, and once")
         if kind is Kind.EXCHANGE:
@@ -228,6 +355,7 @@ class Connection:
 
     def _refuse(self, rejected: Rejected) -> None:
         assert self._client is not None
+        self._abandon_arriving()  # there was no memory for it
         self._server.engine.refused(self._client)
         self._send([error_frame(rejected.request, rejected.error)])
 
@@ -243,8 +371,11 @@ class Connection:
     def _greeted(self, hello: Json) -> None:
         if bool(hello.get("arena")) != bool(self._descriptors):
             raise ProtocolError("an arena is announced and its descriptor sent, both or neither")
-        client, welcome = self._server.desk.attach(hello, self._transport)
+        names = () if self._tls is None else self._tls.peer_names()
+        client, welcome = self._desk.attach(hello, self._transport, names)
         self._client = client
+        self._server.greeted(self)
+        self.account = self._server.engine.account_of(client)
         self._masked = hello.get("masked") is not None
         if self._descriptors:
             try:
@@ -261,6 +392,7 @@ class Connection:
     ) -> None:
         assert self._client is not None
         self._in_flight += 1
+        taken, self._arriving = self._arriving, Taken()
         self._count(bytes_in=len(frame.meta) + len(frame.payload))
         place = None
         if places is None:
@@ -273,13 +405,13 @@ class Connection:
             self._client,
             exchange._replace(tensors=tensors, place=place),
             plan,
-            lambda outcome: self._server.reply(self, frame.request, outcome, places),
+            lambda outcome: self._server.reply(self, frame.request, outcome, places, taken),
         )
 
     def _request(self, frame: Frame) -> None:
         assert self._client is not None
         try:
-            answer, payload = self._server.desk.answer(self._client, frame.json())
+            answer, payload = self._desk.answer(self._client, frame.json())
         except SymbiosisError as error:
             self._send([error_frame(frame.request, error)])
             return
@@ -295,6 +427,9 @@ class Connection:
     def _send(self, parts: list[bytes | memoryview]) -> None:
         if self._reader.checked:
             parts = checked(parts)
+        if isinstance(self.socket, TlsSocket):
+            self._send_encrypted(self.socket, parts)
+            return
         if self._outbox:
             self._outbox.extend(map(memoryview, parts))
             return
@@ -311,25 +446,55 @@ class Connection:
         if self._outbox:
             self._update_events()
 
-    def _flush(self) -> None:
+    def _send_encrypted(self, tls: TlsSocket, parts: list[bytes | memoryview]) -> None:
+        """Each send makes records of its own, so small parts go together."""
+        if not tls.established:  # nothing can be said yet
+            return
+        if sum(map(len, parts)) <= _JOINED_BYTES:
+            parts = [b"".join(parts)]
+        idle = not self._outbox
+        self._outbox.extend(memoryview(part) for part in parts if len(part))
+        if idle:
+            try:
+                self._flush_outbox()
+            except OSError:  # the peer has gone; the next read says so
+                self._outbox.clear()
+            self._update_events()
+
+    def _flush_outbox(self) -> None:
         while self._outbox:
             try:
                 sent = self.socket.send(self._outbox[0])
             except BlockingIOError:
                 break
+            self._progress.sent += sent
             if sent == len(self._outbox[0]):
                 self._outbox.popleft()
             else:
                 self._outbox[0] = self._outbox[0][sent:]
+
+    def _flush(self) -> None:
+        self._flush_outbox()
+        if self._unsent_bytes and not self._outbox:
+            unsent_bytes, self._unsent_bytes = self._unsent_bytes, 0
+            self._give_back(unsent_bytes)
         if self._held_back and not self._outbox:
             self._server.resume(self)
         self._update_events()
 
+    @property
+    def _is_busy(self) -> bool:
+        """Nothing is read from it for now."""
+        return bool(self._outbox) or self._held_back or self._in_flight >= MAX_IN_FLIGHT
+
     def _update_events(self) -> None:
         if self._closed:
             return
-        busy = self._held_back or self._in_flight >= MAX_IN_FLIGHT
-        events = selectors.EVENT_WRITE if self._outbox else 0 if busy else selectors.EVENT_READ
+        events = selectors.EVENT_WRITE if self._outbox else selectors.EVENT_READ
+        if self._is_busy:
+            events &= ~selectors.EVENT_READ
+        if self._tls is not None:
+            events = self._tls.waits_for or events
         if events != self._events:
             self._events = events
             self._server.watch(self, events)

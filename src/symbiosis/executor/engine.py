@@ -20,6 +20,7 @@ from symbiosis.errors import ConnectionLost, ExchangeFailed, InvalidInput, Symbi
 from symbiosis.executor import batch, ops
 from symbiosis.executor.scheduler import Batch, Request, Scheduler, Terms
 from symbiosis.executor.stats import ClientStats, Stats
+from symbiosis.executor.tenants import Account
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.exchange import Exchange, Op, Result
 
@@ -54,6 +55,8 @@ class Engine:
         self._max_result_bytes = max_result_bytes
         self._pending: dict[int, _Pending] = {}
         self._pieces: dict[int, batch.Pieces] = {}  # of requests computed in part
+        self._accounts: dict[int, Account] = {}  # of clients that belong to a tenant
+        self._tenants: dict[str | None, Account] = {}  # the same, and of clients that have left
         self._request_ids = itertools.count(1)
         self._client_ids = itertools.count(1)
         self._queue_lock = threading.Lock()  # scheduler, pending, stats; held briefly
@@ -64,14 +67,24 @@ class Engine:
         return self._scheduler.policy
 
     def add_client(
-        self, name: str, transport: str, pid: int | None = None, terms: Terms | None = None
+        self,
+        name: str,
+        transport: str,
+        pid: int | None = None,
+        terms: Terms | None = None,
+        account: Account | None = None,
     ) -> int:
-        """A client has attached; its number for all that follows."""
+        """A client has attached; its number for all that follows. ``account`` is its tenant's."""
         with self._queue_lock:
             client = next(self._client_ids)
             if terms is not None:
                 self._scheduler.admit(client, terms)
-            self.stats.clients[client] = ClientStats(name, transport, pid)
+            tenant = None if account is None else account.tenant
+            self.stats.clients[client] = ClientStats(name, transport, pid, tenant)
+            if account is not None:
+                self._accounts[client] = account
+                self._tenants[account.tenant] = account
+                self._scheduler.set_share(account.tenant, account.share)
             self.stats.clients_seen += 1
         return client
 
@@ -83,8 +96,13 @@ class Engine:
             for id in ids:
                 self._pieces.pop(id, None)
             self.stats.clients.pop(client, None)
+            self._accounts.pop(client, None)
         for pending in dropped:
             pending.reply(ConnectionLost("the client left before this exchange ran"))
+
+    def account_of(self, client: int) -> Account | None:
+        """Of the client's tenant; None if it has none."""
+        return self._accounts.get(client)
 
     def admit(self, exchange: Exchange) -> ops.Plan:
         """Check an exchange whose payload has not been read; raises what is wrong with it."""
@@ -106,6 +124,7 @@ class Engine:
             return
         with self._queue_lock:
             number = next(self._request_ids)
+            account = self._accounts.get(client) if self._accounts else None
             self._pending[number] = _Pending(exchange, reply)
             self._scheduler.submit(
                 Request(
@@ -117,6 +136,7 @@ class Engine:
                     self.clock(),
                     opens=exchange.op is Op.EMBEDDING,
                     divisible=batch.divisible(exchange, plan.joinable),
+                    tenant=account.tenant if account is not None else None,
                 )
             )
 
@@ -168,6 +188,12 @@ class Engine:
         with self._queue_lock:
             wake_s = self._scheduler.wake_at(now_s)
         return None if wake_s is None else max(0.0, wake_s - now_s)
+
+    def clients_of(self, tenant: str) -> dict[str, object]:
+        """The counters of one tenant's clients, as plain JSON types."""
+        with self._queue_lock:
+            clients = self.stats.clients.items()
+            return {str(id): each.snapshot() for id, each in clients if each.tenant == tenant}
 
     def snapshot(self) -> dict[str, object]:
         """The counters as plain JSON types."""
@@ -240,6 +266,10 @@ class Engine:
             self.stats.batch_ran(exchange.op, size, chosen.rows, now_s, elapsed_s)
             for request in chosen.requests:
                 stats = self.stats.clients.get(request.client)
+                account = self._tenants.get(request.tenant) if self._tenants else None
+                if account is not None:  # its client may have left meanwhile
+                    share = 1.0 if chosen.is_piece else request.rows / rows
+                    account.spent(elapsed_s * share, now_s)
                 if stats is not None:
                     if chosen.is_piece:
                         stats.rows += chosen.rows

@@ -12,14 +12,25 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from typing import Literal
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from symbiosis.errors import FetchRefused, ProtocolError, SymbiosisError
+from symbiosis.errors import (
+    ConnectionFailed,
+    ConnectionLost,
+    FetchRefused,
+    ProtocolError,
+    RequestRefused,
+    SymbiosisError,
+)
+from symbiosis.executor.admin import Administration
+from symbiosis.executor.bounds import Bounds
 from symbiosis.executor.digests import ModelDigest
 from symbiosis.executor.engine import Engine
+from symbiosis.executor.guard import Guard, check_reach, refusal
+from symbiosis.executor.keystore import FetchPolicy, Tenant
 from symbiosis.executor.quantized import Scheme
 from symbiosis.executor.ring import describe, not_offered, offer, only_ring
 from symbiosis.executor.scheduler import Policy, Scheduler, Terms
@@ -28,13 +39,12 @@ from symbiosis.executor.weights import Weights
 from symbiosis.privacy.modes import Bits
 from symbiosis.transport.inproc import InprocChannel
 from symbiosis.transport.sockets import Address
+from symbiosis.transport.tls import ServerTls
 from symbiosis.wire.exchange import Exchange, Result
 from symbiosis.wire.frames import VERSION, Json, Limits
 from symbiosis.wire.tensors import as_bytes, empty_payload
 
 logger = logging.getLogger(__name__)
-
-FetchPolicy = Literal["allow", "deny"]
 
 
 class Executor:
@@ -54,12 +64,17 @@ class Executor:
         fetch: FetchPolicy = "allow",
         max_payload_bytes: int = 1 << 30,
         masked: Sequence[Bits] = (),
+        keys: Path | None = None,
+        bounds: Bounds = Bounds(),
     ) -> None:
         """``fetch`` says whether clients may read whole weights (DoRA, merging, ...). ``masked``
-        offers masked exchanges, with weights of 8 or 16 bits, which are kept beside the others."""
+        offers masked exchanges, with weights of 8 or 16 bits, which are kept beside the others.
+        ``keys`` is a key store: with it, every client of another process has to show that it
+        belongs to a tenant. ``bounds`` are for what listens. Raises KeyStoreError."""
         self.weights = weights
         offer(weights, tuple(masked))
         self._masked_clients: set[int] = set()
+        self._bounds = bounds
         self.digest = ModelDigest(weights)
         self._fetch = fetch
         self._limits = Limits(payload_bytes=max_payload_bytes)
@@ -68,6 +83,8 @@ class Executor:
             Scheduler(policy, training_share=training_share),
             max_result_bytes=max_payload_bytes,
         )
+        self._guard = None if keys is None else Guard(keys, clock=self._engine.clock)
+        self._draining = False
         self._server: Server | None = None
         # Set when the server has ended. Not Thread.join: interrupted by an exception from a
         # signal handler, it takes the thread for ended and the next join returns at once.
@@ -85,6 +102,8 @@ class Executor:
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
         masked: Sequence[Bits] = (),
+        keys: Path | None = None,
+        bounds: Bounds = Bounds(),
     ) -> Executor:
         """Load a local ``transformers`` folder or a hub id; raises ModelError.
 
@@ -94,7 +113,13 @@ class Executor:
         """
         weights = Weights.load(model, dtype=dtype, device=device, quantize=quantize)
         return cls(
-            weights, policy=policy, training_share=training_share, fetch=fetch, masked=masked
+            weights,
+            policy=policy,
+            training_share=training_share,
+            fetch=fetch,
+            masked=masked,
+            keys=keys,
+            bounds=bounds,
         )
 
     @classmethod
@@ -103,17 +128,41 @@ class Executor:
         return cls(Weights(model, name))
 
     def listen(
-        self, urls: Sequence[str], inherited: Sequence[tuple[socket.socket, Address]] = ()
+        self,
+        urls: Sequence[str],
+        inherited: Sequence[tuple[socket.socket, Address]] = (),
+        *,
+        tls: ServerTls | None = None,
+        allow_remote: bool = False,
+        admin: str | None = None,
     ) -> list[str]:
         """Serve ``urls`` from a thread of this process; the URLs with the ports really taken.
 
         ``inherited`` are listening sockets of a parent process, used in place of ``urls`` and left
-        to it. Raises ConnectionFailed if an address cannot be listened on.
+        to it. ``tls`` is the certificate for tls:// addresses. ``allow_remote`` takes away the
+        check that what other machines can reach is encrypted and asks who they are. ``admin`` is
+        a unix:// address for the operator, see `Administration`. Raises ConnectionFailed if an
+        address cannot be listened on.
         """
         if self._server is not None:
             raise SymbiosisError("this executor listens already")
         addresses = [Address.parse(url) for url in urls]
-        server = Server(self, self._engine, addresses, self._limits, inherited)
+        addresses = [address for _, address in inherited] or addresses
+        authenticated = tls is not None and tls.client_ca is not None
+        check_reach(addresses, self._guard is not None or authenticated, allow_remote)
+        if self._guard is None and authenticated:
+            self._guard = Guard(None, clock=self._engine.clock)
+        server = Server(
+            self,
+            self._engine,
+            addresses,
+            self._limits,
+            inherited,
+            tls=tls,
+            guard=self._guard,
+            bounds=self._bounds,
+            admin=None if admin is None else (_admin_address(admin), Administration(self)),
+        )
         self._server = server
         self.digest.start()
         self._ended.clear()
@@ -151,26 +200,48 @@ class Executor:
 
     # What a client asks outside the data path; the server and `InprocChannel` call these.
 
-    def attach(self, hello: Json, transport: str = "inproc") -> tuple[int, Json]:
-        """Take a client on. Raises ProtocolError if its HELLO is not one."""
+    def attach(
+        self, hello: Json, transport: str = "inproc", certificate: tuple[str, ...] = ()
+    ) -> tuple[int, Json]:
+        """Take a client on; ``certificate`` has the names in the one that it showed, if any.
+
+        Raises ProtocolError if its HELLO is not one, AuthenticationFailed, QuotaExceeded.
+        """
         if hello.get("protocol") != VERSION:
             raise ProtocolError(
                 f"the client speaks protocol {hello.get('protocol')}, this executor {VERSION}: "
                 f"use the same release on both sides"
             )
-        masked = hello.get("masked")
-        if masked is not None and masked not in self.weights.ring:
-            raise ProtocolError(not_offered(self.weights, masked))
         pid = hello.get("pid")
         name = str(hello.get("client") or "client")[:64]
+        terms = _terms(hello)
+        holder = None
+        if self._guard is not None and transport != "inproc":
+            holder = self._guard.identify(hello.get("key"), certificate)
+        if self._draining and transport != "inproc":
+            raise ConnectionFailed(
+                "this executor takes no new sessions, because it is about to end: try another, or "
+                "later"
+            )
+        masked = hello.get("masked")
+        if masked is not None and masked not in list(self.weights.ring):  # it may be any JSON
+            raise ProtocolError(not_offered(self.weights, masked))
+        account = None
+        if holder is not None:
+            account = holder.account
+            account.open_session()
         client = self._engine.add_client(
-            name, transport, pid if isinstance(pid, int) else None, _terms(hello)
+            name, transport, pid if isinstance(pid, int) else None, terms, account
         )
+        if self._guard is not None and holder is not None:
+            self._guard.enter(client, holder)
         if masked is not None:
             self._masked_clients.add(client)
         return client, self._welcome(client)
 
     def detach(self, client: int) -> None:
+        if self._guard is not None:
+            self._guard.leave(client)
         self._masked_clients.discard(client)
         self._engine.remove_client(client)
 
@@ -192,10 +263,19 @@ class Executor:
         return answer[0]
 
     def answer(self, client: int, question: Json) -> tuple[Json, torch.Tensor]:
-        """The answer to a REQUEST. Raises FetchRefused, UnknownWeight, ProtocolError."""
-        match question.get("get"):
+        """The answer to a REQUEST. Raises RequestRefused, FetchRefused, UnknownWeight,
+        ProtocolError."""
+        asked = question.get("get")
+        tenant = self._tenant_of(client)
+        free = asked in ("weight", "digest")  # the one has a policy of its own, all need the other
+        if tenant is not None and not free and asked not in tenant.requests:
+            raise RequestRefused(
+                f"tenant {tenant.name} may not ask for {str(asked)[:64]!r} here; what it may is "
+                f"for the operator to say, in the key store"
+            )
+        match asked:
             case "stats":
-                return {**self.describe(), **self._engine.snapshot()}, empty_payload(0)
+                return self._stats(tenant), empty_payload(0)
             case "files":
                 files = self.weights.files
                 sizes: Json = {"files": {name: len(data) for name, data in files.items()}}
@@ -210,6 +290,53 @@ class Executor:
                 facts, scales = describe(self.weights, question.get("bits"))
                 return facts, _payload(scales)
         raise ProtocolError(f"unknown request {str(question.get('get'))[:64]!r}")
+
+    # What the operator asks; see `Administration`. Called in the server's thread.
+
+    def status(self) -> Json:
+        """Everything that is counted, of all tenants."""
+        return {**self.describe(), **self._engine.snapshot(), "draining": self._draining}
+
+    def tenants(self) -> Json:
+        """Use and limits of every tenant."""
+        return {} if self._guard is None else self._guard.accounts()
+
+    def reload(self) -> int:
+        """Read the key store anew; how many sessions that has ended. Raises KeyStoreError."""
+        if self._guard is None or self._server is None:
+            raise SymbiosisError("this executor has no key store: serve it with --keys")
+        self._guard.reload()
+        ended = self._guard.outdated()
+        for client in ended:
+            self._server.disconnect(client, refusal())
+        return len(ended)
+
+    def drain(self) -> int:
+        """Take no new sessions; how many there still are."""
+        self._draining = True
+        return len(self._engine.stats.clients)
+
+    def disconnect(self, client: int) -> None:
+        """End one session; it may come back. Raises SymbiosisError if there is none."""
+        gone = ConnectionLost("the operator has ended this session")
+        if self._server is None or not self._server.disconnect(client, gone):
+            raise SymbiosisError(
+                f"there is no client {client}; `symbiosis admin status` lists them"
+            )
+
+    def _tenant_of(self, client: int) -> Tenant | None:
+        return None if self._guard is None else self._guard.tenant_of(client)
+
+    def _stats(self, tenant: Tenant | None) -> Json:
+        """A tenant sees its own clients and its own use, and nothing that others move."""
+        if tenant is None or self._guard is None:
+            return {**self.describe(), **self._engine.snapshot()}
+        return {
+            **self.describe(),
+            "policy": self._engine.policy,
+            "clients": self._engine.clients_of(tenant.name),
+            "tenant": {"name": tenant.name, **self._guard.account_of(tenant)},
+        }
 
     def describe(self) -> Json:
         """The hosted model in a few facts."""
@@ -228,7 +355,7 @@ class Executor:
     def _whole_weight(self, client: int, number: object, why: str) -> tuple[Json, torch.Tensor]:
         hosted = self.weights[number if isinstance(number, int) else -1]
         name = hosted.names[0]
-        if self._fetch == "deny":
+        if self._fetch_policy(client) == "deny":
             raise FetchRefused(
                 f"{why[:200]} needs the whole of {name}, and this executor does not hand out "
                 f"weights; choose a method that does not read them, or ask the operator to serve "
@@ -240,6 +367,10 @@ class Executor:
         logger.info("client %d fetches %s for %s", client, name, why[:200])
         data = hosted.dense().cpu().contiguous()
         return {"dtype": str(data.dtype).removeprefix("torch.")}, data.reshape(-1).view(torch.uint8)
+
+    def _fetch_policy(self, client: int) -> FetchPolicy:
+        tenant = self._tenant_of(client)
+        return self._fetch if tenant is None or tenant.fetch is None else tenant.fetch
 
     def _welcome(self, client: int) -> Json:
         weights = self.weights
@@ -253,10 +384,17 @@ class Executor:
             ],
             "vectors": weights.vector_ids,
             "digest": self.digest.ready,
-            "fetch": self._fetch,
+            "fetch": self._fetch_policy(client),
             "max_payload_bytes": self._limits.payload_bytes,
             "masked": list(weights.ring),
         }
+
+
+def _admin_address(url: str) -> Address:
+    address = Address.parse(url)
+    if address.path is None:
+        raise ConnectionFailed(f"administration goes over unix:///path.sock only, not {url}")
+    return address
 
 
 def _terms(hello: Json) -> Terms:

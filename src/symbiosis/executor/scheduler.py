@@ -5,8 +5,9 @@ come out. So it is tested without any of them, and a simulator can drive it with
 
 Invariants, stated once: every submitted request leaves exactly once, in a batch whose requests
 share one key and one priority (a large one in several pieces), or through `remove_client` or
-`withdraw`; requests of one client leave in the order in which they came; a client of weight 1 is
-passed over only in favour of one served longer ago, or for a bounded hold.
+`withdraw`; requests of one client leave in the order in which they came; within a tenant, a client
+of weight 1 is passed over only in favour of one served longer ago, or for a bounded hold; between
+tenants, see `TenantShares`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Hashable
 from typing import Literal, NamedTuple, get_args
 
 from symbiosis.executor.alignment import Alignment
+from symbiosis.executor.shares import TenantShares
 from symbiosis.executor.training import TrainingShare
 from symbiosis.wire.exchange import Priority
 
@@ -35,6 +37,7 @@ class Request(NamedTuple):
     arrived_s: float
     opens: bool = False  # a hint: a token starts with it (an embedding lookup)
     divisible: bool = False  # its rows are independent of one another
+    tenant: str | None = None  # whose client it is from; see `TenantShares`
 
 
 class Terms(NamedTuple):
@@ -112,6 +115,7 @@ class Scheduler:
         self._last_served: dict[int, int] = {}
         self._last_seen_s: dict[int, float] = {}
         self._terms: dict[int, Terms] = {}
+        self._tenants = TenantShares()
         self._begun: dict[int, int] = {}  # request → rows computed in pieces
         self._held: set[int] = set()  # clients whose next request has been held
         self._resting_since_s: float | None = None  # training waits, and nothing runs
@@ -125,6 +129,11 @@ class Scheduler:
         """A client has attached, with terms of its own."""
         self._terms[client] = terms
 
+    def set_share(self, tenant: str, share: float) -> None:
+        """What is due to ``tenant`` of the executor's time, against the shares of the others, while
+        they all want it. All clients without a tenant are as one of share 1."""
+        self._tenants.set_share(tenant, share)
+
     def submit(self, request: Request) -> None:
         """A request has arrived."""
         client = request.client
@@ -132,6 +141,8 @@ class Scheduler:
         if queue is None:
             queue = self._queues[client] = deque()
             self._last_served.setdefault(client, self._serial)
+        if self._tenants:
+            self._tenants.arrived(request)
         queue.append(request)
         self._last_seen_s[client] = request.arrived_s
         if self.policy == "align" and request.priority is Priority.INTERACTIVE:
@@ -145,6 +156,7 @@ class Scheduler:
         self._last_served.pop(client, None)
         self._last_seen_s.pop(client, None)
         self._terms.pop(client, None)
+        self._tenants.gone(dropped)
         self._held.discard(client)
         self.alignment.left(client)
         return [request.id for request in dropped]
@@ -153,6 +165,7 @@ class Scheduler:
         """A piece of ``request`` has failed: the others need not run."""
         if self._begun.pop(request.id, None) is not None and request.client in self._queues:
             self._queues[request.client].popleft()
+            self._tenants.gone([request])
 
     def next_batch(self, now_s: float) -> Batch | None:
         """The batch to run now, or None: nothing waits, or `wake_at` says when to ask again."""
@@ -180,6 +193,8 @@ class Scheduler:
 
     def finished(self, batch: Batch, now_s: float, elapsed_s: float) -> None:
         """``batch`` has run until ``now_s`` and took ``elapsed_s`` of the executor's time."""
+        if self._tenants:
+            self._tenants.served(batch.requests, elapsed_s)
         for request in batch.requests:
             if request.client in self._last_seen_s:
                 self._last_seen_s[request.client] = now_s
@@ -210,7 +225,8 @@ class Scheduler:
         if self.policy == "lockstep":
             released_s = self._released_at(heads, now_s)
             held = now_s < released_s
-            return None if held else self._fullest(self._in_turn(heads)), released_s
+            first = self._tenants.first(self._in_turn(heads))
+            return None if held else self._fullest(first), released_s
         return min(self._in_turn(heads), key=self._turn), now_s
 
     def _in_turn(self, heads: list[Request]) -> list[Request]:
@@ -218,9 +234,10 @@ class Scheduler:
         first = Priority.TRAINING if self._training.owed() else Priority.INTERACTIVE
         return [head for head in heads if head.priority == first] or heads
 
-    def _turn(self, head: Request) -> tuple[float, float, int]:
+    def _turn(self, head: Request) -> tuple[float, float, float, int]:
+        had_s = self._tenants.had_s(head) if self._tenants else 0.0
         waited = self._serial - self._last_served[head.client]
-        return -waited * self._terms_of(head.client).weight, head.arrived_s, head.id
+        return had_s, -waited * self._terms_of(head.client).weight, head.arrived_s, head.id
 
     def _terms_of(self, client: int) -> Terms:
         return self._terms.get(client, _NO_TERMS)
@@ -332,6 +349,8 @@ class Scheduler:
 
     def _take(self, requests: list[Request], now_s: float) -> Batch:
         self._serial += 1
+        if self._tenants:
+            self._tenants.gone(requests)
         for request in requests:
             self._queues[request.client].popleft()
             self._last_served[request.client] = self._serial

@@ -19,6 +19,7 @@ class ClientStats:
     name: str
     transport: str
     pid: int | None = None
+    tenant: str | None = None
     exchanges: int = 0
     rows: int = 0
     batch_members: int = 0  # sum of the sizes of the batches its exchanges ran in

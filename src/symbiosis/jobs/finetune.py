@@ -27,6 +27,7 @@ from symbiosis.jobs.encode import Encoded, encode, loss_scope, pad_id
 from symbiosis.jobs.hosted import check_hosts, log_privacy, tokenizer_of
 from symbiosis.jobs.record import Progress, RunFolder
 from symbiosis.jobs.spec import FinetuneSpec, privacy_of
+from symbiosis.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +67,15 @@ class Report:
     versions: dict[str, str]
 
 
-def run(spec: FinetuneSpec, on_event: Callable[[Progress], None] | None = None) -> Report:
+def run(
+    spec: FinetuneSpec,
+    on_event: Callable[[Progress], None] | None = None,
+    *,
+    key: str | None = None,
+    tls: Tls | None = None,
+) -> Report:
     """Train the adapter that ``spec`` describes; ``on_event`` hears of every logged step.
+    ``key`` and ``tls`` are as for `symbiosis.connect`; they are written nowhere.
 
     Raises MethodError, DataError, ModelError, ConnectionFailed and the other errors of a session.
     Interrupted (also by an exception from ``on_event``), it can be resumed from its last
@@ -83,6 +91,8 @@ def run(spec: FinetuneSpec, on_event: Callable[[Progress], None] | None = None) 
         name=name,
         priority="training",
         expect_digest=spec.expect_digest,
+        key=key,
+        tls=tls,
         privacy=privacy_of(spec),
     ) as base:
         check_hosts(base, spec.expect_model)

@@ -26,6 +26,7 @@ from symbiosis.errors import ModelError, SymbiosisError
 from symbiosis.jobs.encode import pad_id
 from symbiosis.jobs.hosted import log_privacy, tokenizer_of
 from symbiosis.jobs.spec import GenerateSpec, privacy_of
+from symbiosis.transport.tls import Tls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,9 +69,16 @@ class Answer:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def run(spec: GenerateSpec, write: Callable[[Piece], None] | None = None) -> list[Answer]:
+def run(
+    spec: GenerateSpec,
+    write: Callable[[Piece], None] | None = None,
+    *,
+    key: str | None = None,
+    tls: Tls | None = None,
+) -> list[Answer]:
     """Answer every prompt with every adapter, prompt by prompt; ``write`` gets the text as it
-    comes. Every adapter is loaded before the first token.
+    comes. Every adapter is loaded before the first token. ``key`` and ``tls`` are as for
+    `symbiosis.connect`.
 
     Raises ModelError for an adapter that does not fit, ConnectionFailed and the other errors of
     a session.
@@ -83,6 +91,8 @@ def run(spec: GenerateSpec, write: Callable[[Piece], None] | None = None) -> lis
         name=name,
         priority="interactive",
         expect_digest=spec.expect_digest,
+        key=key,
+        tls=tls,
         privacy=privacy_of(spec),
     ) as base:
         tokenizer = tokenizer_of(base)

@@ -1,4 +1,4 @@
-"""UNIX and TCP sockets: addresses, listening, and the client's blocking channel.
+"""UNIX, TCP and TLS sockets: addresses, listening, and the client's blocking channel.
 
 Payload bytes go from the tensor's memory to the kernel and from there into the result's memory;
 nothing is pickled and nothing else is copied. Large tensors between processes of one host lie in
@@ -8,12 +8,13 @@ memory that both have mapped (`arena`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
 import socket
+import ssl
 import stat
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import torch
@@ -27,6 +28,7 @@ from symbiosis.errors import (
     from_code,
 )
 from symbiosis.transport.arena import Arena, Laid
+from symbiosis.transport.tls import Secret, Tls, client_context, reason_of, secure
 from symbiosis.wire.checksums import checked
 from symbiosis.wire.exchange import Exchange, Result, pack_exchange, unpack_result
 from symbiosis.wire.frames import (
@@ -48,6 +50,7 @@ DEFAULT_TCP_PORT = 7420
 _BUFFER_BYTES = 4 << 20
 _CLIENT_LIMITS = Limits(meta_bytes=256 << 20, payload_bytes=1 << 40)
 _PADDING = bytes(ALIGNMENT)
+_JOINED_BYTES = 1 << 16
 _GONE_AFTER_S = 60
 _LIVENESS = [
     (getattr(socket, name), value)
@@ -61,13 +64,14 @@ _LIVENESS = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Address:
-    """``unix:///path/to.sock`` or ``tcp://host:port``."""
+    """``unix:///path/to.sock``, ``tcp://host:port`` or ``tls://host:port``."""
 
     path: str | None
     host: str
     port: int
+    is_tls: bool = False
 
     @classmethod
     def parse(cls, url: str) -> Address:
@@ -76,18 +80,20 @@ class Address:
             return cls(url.removeprefix("unix://"), "", 0)
         try:
             parts = urlsplit(url)
-            if parts.scheme == "tcp" and parts.hostname:
+            if parts.scheme in ("tcp", "tls") and parts.hostname:
                 port = DEFAULT_TCP_PORT if parts.port is None else parts.port
-                return cls(None, parts.hostname, port)
+                return cls(None, parts.hostname, port, parts.scheme == "tls")
         except ValueError:  # a port that is no number, half an IPv6 address
             pass
-        raise ConnectionFailed(f"{url!r} is no address; write unix:///path.sock or tcp://host:port")
+        raise ConnectionFailed(
+            f"{url!r} is no address; write unix:///path.sock, tcp://host:port or tls://host:port"
+        )
 
     def __str__(self) -> str:
         if self.path is not None:
             return f"unix://{self.path}"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"tcp://{host}:{self.port}"
+        return f"{'tls' if self.is_tls else 'tcp'}://{host}:{self.port}"
 
     @property
     def is_loopback(self) -> bool:
@@ -110,7 +116,7 @@ def listen(address: Address) -> tuple[socket.socket, Address]:
             return _listen_unix(address.path), address
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
         listener = socket.create_server((address.host, address.port), family=family, backlog=256)
-        return listener, Address(None, address.host, listener.getsockname()[1])
+        return listener, dataclasses.replace(address, port=listener.getsockname()[1])
     except OSError as error:
         raise ConnectionFailed(f"cannot listen on {address}: {error.strerror or error}") from None
 
@@ -170,6 +176,28 @@ def exchange_parts(
     return parts
 
 
+def _check_trust(address: Address, key: Secret | None, tls: Tls | None) -> None:
+    """Raises ConnectionFailed before anything is sent that others could read."""
+    if tls is not None and not address.is_tls:
+        raise ConnectionFailed(
+            f"tls is given, but {address} is not encrypted: write tls://host:port"
+        )
+    if key is not None and not address.is_tls and not address.is_loopback:
+        raise ConnectionFailed(
+            f"the key is not sent to {address}, where everybody on the way could read it: "
+            f"use tls://{address.host}:{address.port}"
+        )
+
+
+def _hung_up(address: Address, tls: Tls | None, error: ConnectionLost) -> str:
+    text = f"{address} accepted the connection and hung up: {error}"
+    if address.is_tls and (tls is None or tls.cert is None):
+        text += "; perhaps it asks for a client certificate (tls=Tls(cert=...), --tls-cert)"
+    elif address.is_tls:
+        text += "; perhaps it does not trust the client's certificate"
+    return text
+
+
 class SocketChannel:
     """A client's blocking connection to an executor; see `Channel`."""
 
@@ -181,29 +209,34 @@ class SocketChannel:
         timeout_s: float = 10.0,
         silence_s: float | None = None,
         arena_bytes: int = 0,
+        key: Secret | None = None,
+        tls: Tls | None = None,
     ) -> None:
         """Connect and shake hands within ``timeout_s``; later, an executor that moves no byte for
         ``silence_s`` in mid-exchange counts as lost, if that is given.
 
         ``arena_bytes`` is the address space of the memory that is shared with an executor behind
-        a UNIX socket, 0 for none; without it everything goes through the socket. Raises
-        ConnectionFailed, ProtocolError.
+        a UNIX socket, 0 for none; without it everything goes through the socket. ``key`` goes
+        into the greeting. Raises ConnectionFailed, AuthenticationFailed, QuotaExceeded,
+        ProtocolError.
         """
         self._url = url
         self._request = 0
         self._awaited = _Awaited()
-        self._socket = self._dial(Address.parse(url), timeout_s)
-        self._checked = self._socket.family != socket.AF_UNIX
+        address = Address.parse(url)
+        _check_trust(address, key, tls)
+        self._socket = self._dial(address, timeout_s, tls or Tls())
+        self._checked = address.path is None and not address.is_tls  # which checks by itself
         self._reader = FrameReader(_CLIENT_LIMITS, self._awaited.admit, checked=self._checked)
         self._arena = self._make_arena(arena_bytes)
         try:
-            self._greet(hello)
+            self._greet(hello if key is None else {**hello, "key": key.value})
             self.welcome = self._expect(Kind.WELCOME).json()
             limit = self.welcome.get("max_payload_bytes")
             self._max_payload_bytes = limit if isinstance(limit, int) else 1 << 30
         except ConnectionLost as error:
             self.close()
-            raise ConnectionFailed(f"{url} accepted the connection and hung up: {error}") from None
+            raise ConnectionFailed(_hung_up(address, tls, error)) from None
         except BaseException:
             self.close()
             raise
@@ -283,7 +316,8 @@ class SocketChannel:
         if sent < len(greeting):  # sending nothing fails if the executor has hung up already
             self._send([memoryview(greeting)[sent:]])
 
-    def _dial(self, address: Address, timeout_s: float) -> socket.socket:
+    def _dial(self, address: Address, timeout_s: float, tls: Tls) -> socket.socket:
+        context = client_context(tls) if address.is_tls else None  # its files come first
         try:
             if address.path is not None:
                 connection = socket.socket(socket.AF_UNIX)
@@ -301,12 +335,17 @@ class SocketChannel:
                 f"`symbiosis serve MODEL --listen {self._url}`"
             ) from None
         tune(connection)
+        if context is not None:
+            return secure(connection, context, address.host, self._url)
         return connection
 
     def _send(self, parts: list[bytes | memoryview]) -> None:
         if self._checked:
             parts = checked(parts)
         try:
+            if isinstance(self._socket, ssl.SSLSocket):  # has no sendmsg
+                self._send_encrypted(self._socket, parts)
+                return
             sent = self._socket.sendmsg(parts)
             if sent == sum(map(len, parts)):
                 return
@@ -318,6 +357,13 @@ class SocketChannel:
                 sent = 0
         except OSError as error:
             raise self._lost(error) from None
+
+    def _send_encrypted(self, connection: ssl.SSLSocket, parts: list[bytes | memoryview]) -> None:
+        """Each call makes records of its own, so small parts go together."""
+        if sum(map(len, parts)) <= _JOINED_BYTES:
+            parts = [b"".join(parts)]
+        for part in parts:
+            connection.sendall(part)
 
     def _expect(self, kind: Kind) -> Frame:
         """The frame that answers the request just sent."""
@@ -351,7 +397,7 @@ class SocketChannel:
 
     def _lost(self, error: OSError | None) -> SymbiosisError:
         self.close()
-        reason = f": {error.strerror or error}" if error else ""
+        reason = f": {reason_of(error)}" if error else ""
         return ConnectionLost(f"the executor at {self._url} has gone{reason}")
 
 

@@ -96,10 +96,14 @@ def error_frame(request: int, error: SymbiosisError) -> bytes:
     return json_frame(Kind.ERROR, request, {"code": error.code, "message": str(error)})
 
 
+class Postponed(Exception):
+    """Raised by ``admit``: not now. The frame stays in the reader, to be admitted later."""
+
+
 Admit = Callable[[Kind, bytes, int], object]
 """Called with kind, meta and payload length before the payload's memory is allocated. What it
 returns comes with the frame. Raises to refuse: a ProtocolError ends the connection, any other
-error rejects the one frame."""
+error rejects the one frame, `Postponed` leaves it in the reader."""
 
 
 def _admit_all(kind: Kind, meta: bytes, payload_bytes: int) -> object:
@@ -144,6 +148,11 @@ class FrameReader:
     def mid_frame(self) -> bool:
         """True while a frame has begun and is not complete."""
         return self._head is not None or self._end > self._begin or self._skip > 0
+
+    @property
+    def in_payload(self) -> bool:
+        """True while a payload is coming, or what is left of a refused one."""
+        return self._payload is not None or self._unverified is not None or self._skip > 0
 
     def buffer(self) -> memoryview:
         """Where to put the next bytes; never empty."""
@@ -216,11 +225,14 @@ class FrameReader:
         meta = bytes(self._view[start:end])
         if seed is not None:
             seed = self._check("meta section", meta, end, seed)
-        self._begin = end + sum_bytes
+        begin, self._begin = self._begin, end + sum_bytes
         self._seed = seed if payload_bytes else None
         try:
             admitted = self._admit(known, meta, payload_bytes)
             payload = _allocated(payload_bytes)
+        except Postponed:
+            self._begin = begin
+            return None
         except ProtocolError:
             raise
         except SymbiosisError as error:
@@ -294,7 +306,8 @@ def _malformed(
 ) -> ProtocolError:
     """What is wrong with a header that is not acceptable."""
     if magic != MAGIC:
-        return ProtocolError(f"a frame starts with {magic!r}, not {MAGIC!r}: not this protocol")
+        # Which bytes it starts with is not said: out of step, they are somebody's payload.
+        return ProtocolError(f"a frame does not start with {MAGIC!r}: not this protocol")
     if version != VERSION:
         return ProtocolError(
             f"protocol version {version} on the wire, {VERSION} here: use the same release"

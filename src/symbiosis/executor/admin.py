@@ -1,0 +1,82 @@
+"""What an operator asks on the administration socket: a closed list of verbs.
+
+The same frames as everywhere, behind a door of its own: a UNIX socket of mode 0600. No data door
+answers these questions, and this one answers no others. Lives in the server's thread.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from symbiosis.errors import ProtocolError
+from symbiosis.executor.connection import Connection
+from symbiosis.executor.ops import Plan
+from symbiosis.wire.exchange import Exchange
+from symbiosis.wire.frames import VERSION, Json, Kind
+from symbiosis.wire.places import Places
+from symbiosis.wire.tensors import empty_payload
+
+if TYPE_CHECKING:
+    from symbiosis.executor.executor import Executor
+
+logger = logging.getLogger(__name__)
+
+VERBS = ("status", "tenants", "reload", "drain", "disconnect")
+
+
+class Administration:
+    """The desk behind the administration socket; see `Desk`."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._numbers = itertools.count(-1, -1)  # apart from the numbers of clients
+
+    def attach(
+        self, hello: Json, transport: str, certificate: tuple[str, ...] = ()
+    ) -> tuple[int, Json]:
+        if hello.get("protocol") != VERSION:
+            raise ProtocolError(f"this executor speaks protocol {VERSION}: use the same release")
+        number = next(self._numbers)
+        return number, {"protocol": VERSION, "session": number, "verbs": list(VERBS)}
+
+    def detach(self, client: int) -> None:
+        pass
+
+    def answer(self, client: int, question: Json) -> tuple[Json, torch.Tensor]:
+        """Raises ProtocolError for what is no verb, KeyStoreError, SymbiosisError."""
+        verb = question.get("admin")
+        if verb != "status" and verb in VERBS:
+            logger.info("administration: %s %s", verb, question.get("client", ""))
+        return self._answer(verb, question), empty_payload(0)
+
+    def _answer(self, verb: object, question: Json) -> Json:
+        executor = self._executor
+        match verb:
+            case "status":
+                return executor.status()
+            case "tenants":
+                return {"tenants": executor.tenants()}
+            case "reload":
+                return {"ended": executor.reload()}
+            case "drain":
+                return {"sessions": executor.drain()}
+            case "disconnect":
+                number = question.get("client")
+                executor.disconnect(number if isinstance(number, int) else -1)
+                return {}
+        raise ProtocolError(f"unknown verb {str(verb)[:64]!r}; there are {', '.join(VERBS)}")
+
+
+class AdminConnection(Connection):
+    """Takes questions only."""
+
+    def _fit(
+        self, kind: Kind, meta: bytes, payload_bytes: int
+    ) -> tuple[Exchange, Plan, Places | None] | None:
+        if kind in (Kind.EXCHANGE, Kind.PLACED):
+            raise ProtocolError(f"the administration socket takes no {kind.name} frames")
+        return super()._fit(kind, meta, payload_bytes)
