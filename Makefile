@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check conformance soak bench clean
+.PHONY: setup demo test check conformance fuzz soak bench clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,10 @@ check: setup  ## lint, formatting, types, import directions
 conformance: setup  ## every architecture and PEFT method, split against whole; writes docs/compatibility.md
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance --jobs 2
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.methods
+
+fuzz: setup  ## some 350,000 mutated frames against parsers and a server; about 5 minutes
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive SYMBIOSIS_LOG=error \
+		$(BIN)/python -W ignore -m tests.fuzz --frames 300000 --connections 20000
 
 SOAK ?= --minutes 5
 

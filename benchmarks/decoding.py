@@ -11,7 +11,7 @@ import argparse
 import os
 from typing import Any
 
-from harness import LLAMA_110M, Sample, Worker, executor, make_model, peak_pss, save
+from harness import SIZES, Sample, Worker, executor, make_model, peak_pss, save
 
 METHODS = ["lora", "ia3", "prefix", "lora8"]
 
@@ -48,9 +48,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default="110m", choices=list(SIZES))
     options = parser.parse_args()
-    model = make_model("llama-110m", LLAMA_110M)
-    result: dict[str, Any] = {"model": "Llama 110M, fp32", "methods": METHODS}
+    suffix = "" if options.model == "110m" else f"-{options.model}"
+    model = make_model(f"llama-{options.model}", SIZES[options.model])
+    result: dict[str, Any] = {"model": f"Llama {options.model.upper()}, fp32", "methods": METHODS}
     for count in options.clients:
         theirs, their_peak, _ = one_side(str(model), [], count, options.tokens, options.rounds)
         with executor(model) as served:
@@ -74,7 +76,7 @@ def main() -> None:
             f"speed × {ours.median / theirs.median:.2f}, memory ÷ {their_peak / our_peak:.2f}",
             flush=True,
         )
-        save("decoding", result)
+        save("decoding" + suffix, result)
 
 
 if __name__ == "__main__":

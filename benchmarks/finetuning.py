@@ -11,7 +11,7 @@ import argparse
 import os
 from typing import Any
 
-from harness import LLAMA_110M, Sample, Worker, executor, make_model, peak_pss, save
+from harness import SIZES, Sample, Worker, executor, make_model, peak_pss, save
 
 
 def run_jobs(workers: list[Worker], extra_pids: list[int], steps: int) -> tuple[float, int]:
@@ -64,9 +64,14 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", default="110m", choices=list(SIZES))
     options = parser.parse_args()
-    model = make_model("llama-110m", LLAMA_110M)
-    result: dict[str, Any] = {"model": "Llama 110M, fp32", "steps": options.steps}
+    suffix = "" if options.model == "110m" else f"-{options.model}"
+    model = make_model(f"llama-{options.model}", SIZES[options.model])
+    result: dict[str, Any] = {
+        "model": f"Llama {options.model.upper()}, fp32",
+        "steps": options.steps,
+    }
     for count in options.clients:
         with executor(model) as served:
             row = compare(str(model), served.unix, served.pid, count, options.steps, options.rounds)
@@ -78,7 +83,7 @@ def main() -> None:
             f"memory ÷ {row['memory_ratio']:.2f} ({row['speed_spread']})",
             flush=True,
         )
-        save("finetuning", result)
+        save("finetuning" + suffix, result)
 
 
 if __name__ == "__main__":

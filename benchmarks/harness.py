@@ -40,6 +40,20 @@ LLAMA_110M = {
 }
 """110 million parameters, 440 MB in fp32: the published GPT-2 small and TinyLlama in between."""
 
+LLAMA_1B = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+"""1.03 billion parameters, 4.1 GB in fp32: the shape of TinyLlama."""
+
+SIZES = {"110m": LLAMA_110M, "1b": LLAMA_1B}
+
 
 def make_model(name: str, config: dict[str, Any]) -> Path:
     """A Llama with random weights as an ordinary model folder; made once."""

@@ -11,7 +11,7 @@ import argparse
 import os
 from typing import Any
 
-from harness import LLAMA_110M, Sample, Worker, executor, make_model, ratio, save
+from harness import SIZES, Sample, Worker, executor, make_model, ratio, save
 
 UNITS: dict[str, dict[str, Any]] = {
     "decode": {"do": "decode", "tokens": 24, "context": 64},
@@ -60,10 +60,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--units", nargs="+", default=list(UNITS), choices=list(UNITS))
     parser.add_argument("--transports", nargs="+", default=["unix", "tcp"])
+    parser.add_argument("--model", default="110m", choices=list(SIZES))
     options = parser.parse_args()
+    suffix = "" if options.model == "110m" else f"-{options.model}"
     threads = os.cpu_count() or 1
-    model = make_model("llama-110m", LLAMA_110M)
-    result: dict[str, Any] = {"model": "Llama 110M, fp32", "rounds": options.rounds}
+    model = make_model(f"llama-{options.model}", SIZES[options.model])
+    result: dict[str, Any] = {
+        "model": f"Llama {options.model.upper()}, fp32",
+        "rounds": options.rounds,
+    }
     with executor(model) as served:
         whole = Worker(str(model), threads=threads, passive=False).ready()
         for transport in options.transports:
@@ -86,7 +91,7 @@ def main() -> None:
                 )
             split.close()
         whole.close()
-    save("overhead", result)
+    save("overhead" + suffix, result)
 
 
 if __name__ == "__main__":

@@ -25,22 +25,25 @@ def exactness() -> list[str]:
     return [f"| {', '.join(names)}: largest difference from the whole model | {worst:g} | |"]
 
 
-def overhead() -> list[str]:
+def overhead(suffix: str) -> list[str]:
+    found = load(f"overhead{suffix}")
     return [
-        f"| one client, {name.replace('/', ', ')} | {row['split_tokens_per_s']:.0f} against "
-        f"{row['whole_tokens_per_s']:.0f} tokens/s | **{row['ratio']:.2f}** |"
-        for name, row in load("overhead").items()
+        f"| {found['model']}: one client, {name.replace('/', ', ')} | "
+        f"{row['split_tokens_per_s']:.1f} against {row['whole_tokens_per_s']:.1f} tokens/s | "
+        f"**{row['ratio']:.2f}** |"
+        for name, row in found.items()
         if isinstance(row, dict)
     ]
 
 
 def shared(name: str, what: str) -> list[str]:
+    found = load(name)
     return [
-        f"| {count} {what}{'' if count == '1' else 's'} | {row['split_tokens_per_s']:.0f} against "
-        f"{row['separate_tokens_per_s']:.0f} tokens/s; {row['split_bytes'] / 2**30:.2f} against "
-        f"{row['separate_bytes'] / 2**30:.2f} GiB | speed **× {row['speed_ratio']:.2f}**, memory "
-        f"**÷ {row['memory_ratio']:.2f}** |"
-        for count, row in load(name).items()
+        f"| {found['model']}: {count} {what}{'' if count == '1' else 's'} | "
+        f"{row['split_tokens_per_s']:.1f} against {row['separate_tokens_per_s']:.1f} tokens/s; "
+        f"{row['split_bytes'] / 2**30:.2f} against {row['separate_bytes'] / 2**30:.2f} GiB | "
+        f"speed **× {row['speed_ratio']:.2f}**, memory **÷ {row['memory_ratio']:.2f}** |"
+        for count, row in found.items()
         if isinstance(row, dict)
     ]
 
@@ -48,12 +51,16 @@ def shared(name: str, what: str) -> list[str]:
 def main() -> None:
     rows = [
         *exactness(),
-        *overhead(),
-        *shared("finetuning", "fine-tuning job"),
-        *shared("decoding", "decoder"),
+        *[row for suffix in ("", "-1b") for row in overhead(suffix)],
+        *[
+            row
+            for suffix in ("", "-1b")
+            for row in shared(f"finetuning{suffix}", "fine-tuning job")
+        ],
+        *[row for suffix in ("", "-1b") for row in shared(f"decoding{suffix}", "decoder")],
     ]
     facts = load("overhead")
-    where = f"Commit {facts['commit']}, {facts['date']}, {facts['machine']}; {facts['model']}."
+    where = f"Commit {facts['commit']}, {facts['date']}, {facts['machine']}."
     table = "\n".join(["| | ours against the peer | ratio |", "|---|---|---|", *rows])
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)

@@ -13,6 +13,7 @@ import logging
 import re
 import struct
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import peft
 import pytest
@@ -21,11 +22,13 @@ import torch
 import raw
 import tiny
 from bad_frames import EMBED, QUERY, REFUSED, UP, linear
-from conftest import Serve
 from exchanges import weight_id
 from raw import RawClient
 from symbiosis import Executor, connect
 from symbiosis.executor import ops
+
+if TYPE_CHECKING:
+    from conftest import Serve
 
 CANARY = struct.pack("<f", 1.2345678e30)
 """As a float; twice in a row it does not come up by chance."""

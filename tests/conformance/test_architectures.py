@@ -96,7 +96,8 @@ def test_every_operation_is_exercised() -> None:
     if set(_records) != set(SPREAD):
         pytest.skip("only part of the spread was run")
     used = {op for record in _records.values() for op in record.ops}
-    assert used == {op.name for op in Op}
+    masked = {Op.RING_LINEAR, Op.RING_MATMUL, Op.RING_MASK}  # tests/privacy
+    assert used == {op.name for op in Op if op not in masked}
 
 
 # That these comparisons can fail

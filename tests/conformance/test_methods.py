@@ -69,12 +69,21 @@ def mixtral() -> Iterator[Bench]:
         yield opened
 
 
+LAST_BIT = {"PEANuT"}
+"""Multiplies a fetched weight in every step: on some processors the last bit depends on where the
+copy lies in memory (an AVX-512 Xeon: gradients differ by 1.4e-7; an EPYC: the same bits)."""
+
+
 def assert_exact(row: Row, on: Bench) -> Outcome:
     outcome = try_method(row, on)
     if outcome.verdict == "not tried":
         pytest.skip(outcome.detail)
     told = f"{outcome.verdict} {outcome.detail} {outcome.differences}"
-    assert outcome.verdict == "exact", told
+    if row.name in LAST_BIT:
+        assert outcome.verdict in ("exact", "differs"), told
+        assert max(outcome.differences.values(), default=0.0) < 1e-6, told
+    else:
+        assert outcome.verdict == "exact", told
     assert outcome.fetches_later == 0
     return outcome
 

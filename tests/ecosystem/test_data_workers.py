@@ -75,7 +75,8 @@ def test_features_computed_in_two_workers(twins: list[PreTrainedModel]) -> None:
     loader = DataLoader(Hidden(remote), batch_size=1, num_workers=2)
     with torch.no_grad():
         expected = [local(tiny.tokens(1, 5, seed=seed)).logits[0, -1] for seed in range(6)]
-    assert torch.equal(torch.cat(list(loader)), torch.stack(expected))
+    # Not bit for bit: the two workers are two clients, whose exchanges may share a batch.
+    torch.testing.assert_close(torch.cat(list(loader)), torch.stack(expected))
 
 
 def mapped(model: PreTrainedModel, data: Dataset, **options: Any) -> list[float]:
@@ -92,7 +93,7 @@ def test_features_computed_by_map(
 ) -> None:
     options = {"num_proc": processes, "new_fingerprint": f"with {processes}"}
     expected, found = (mapped(model, tokenized, **options) for model in twins)
-    assert found == expected
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)  # two processes may share a batch
 
 
 @pytest.mark.fetches

@@ -160,8 +160,9 @@ def test_an_executor_that_knows_nothing_of_masks(serve: Serve, monkeypatch) -> N
     _, url = serve(tiny.llama())
     greet = Executor.attach
 
-    def attach(self: Executor, hello: dict[str, object], transport: str = "inproc") -> object:
-        client, welcome = greet(self, {k: v for k, v in hello.items() if k != "masked"}, transport)
+    def attach(self: Executor, hello: dict[str, object], *rest: object) -> object:
+        known = {k: v for k, v in hello.items() if k != "masked"}
+        client, welcome = greet(self, known, *rest)  # type: ignore[arg-type]
         return client, {k: v for k, v in welcome.items() if k != "masked"}
 
     monkeypatch.setattr(Executor, "attach", attach)

@@ -156,6 +156,17 @@ def serve(
         str | None,
         typer.Option(metavar="URL", help="unix:///path.sock where `symbiosis admin` is answered."),
     ] = None,
+    max_clients: Annotated[
+        int, typer.Option(min=1, help="Sessions of all tenants at a time; more are refused.")
+    ] = 1024,
+    exchange_memory: Annotated[
+        float,
+        typer.Option(
+            min=0.01,
+            metavar="GB",
+            help="For what all clients send and are answered at a time; beyond it they wait.",
+        ),
+    ] = 4.0,
 ) -> None:
     """Host a base model: its frozen weights, once, for any number of clients.
 
@@ -165,6 +176,7 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
     console.quiet_libraries()
+    from symbiosis.executor.bounds import Bounds
     from symbiosis.executor.executor import Executor
 
     console.set_threads(threads)
@@ -184,6 +196,7 @@ def serve(
         fetch=fetch.value,
         masked=_bits(masked or []),
         keys=keys,
+        bounds=Bounds(connections=max_clients, memory_bytes=int(exchange_memory * 1e9)),
     )
     terms = f"{policy}, training share {training_share:g}, fetch {fetch}"
     if supervise:

@@ -119,7 +119,7 @@ def _input(spec: TensorSpec) -> _Value:
 
 
 def _earlier(values: list[_Value], number: int) -> _Value:
-    if number >= len(values):
+    if not 0 <= number < len(values):
         raise InvalidInput(f"a chain uses value {number} before it is computed")
     return values[number]
 

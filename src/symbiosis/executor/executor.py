@@ -103,6 +103,7 @@ class Executor:
         fetch: FetchPolicy = "allow",
         masked: Sequence[Bits] = (),
         keys: Path | None = None,
+        bounds: Bounds = Bounds(),
     ) -> Executor:
         """Load a local ``transformers`` folder or a hub id; raises ModelError.
 
@@ -118,6 +119,7 @@ class Executor:
             fetch=fetch,
             masked=masked,
             keys=keys,
+            bounds=bounds,
         )
 
     @classmethod
@@ -222,7 +224,7 @@ class Executor:
                 "later"
             )
         masked = hello.get("masked")
-        if masked is not None and masked not in self.weights.ring:
+        if masked is not None and masked not in list(self.weights.ring):  # it may be any JSON
             raise ProtocolError(not_offered(self.weights, masked))
         account = None
         if holder is not None:

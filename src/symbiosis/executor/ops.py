@@ -242,7 +242,8 @@ def _check_convolution(
     dims = len(params.stride) + 2
     positive = min(*params.stride, *params.dilation, params.groups) > 0
     least = min(*params.padding, *params.output_padding) >= 0
-    if len(shape) != dims or len(w) != dims or not positive or not least:
+    padded = any(params.output_padding) and not params.transposed
+    if len(shape) != dims or len(w) != dims or not positive or not least or padded:
         raise InvalidInput(f"convolution of {list(shape)} with {list(w)} and {params}")
     channels = w[0] if params.transposed else w[1] * params.groups
     if shape[1] != channels or w[0] % params.groups or min(shape[1:]) < 1:

@@ -78,10 +78,10 @@ def describe(weights: Weights, bits: object) -> tuple[Json, bytes]:
 
 def not_offered(weights: Weights, bits: object) -> str:
     """What to tell a client that asks for more than there is."""
-    offered = " and ".join(map(str, weights.ring)) or "none"
+    offered, asked = " and ".join(map(str, weights.ring)) or "none", str(bits)[:32]
     return (
-        f"this executor does not offer masked exchanges with {bits}-bit weights (offered: "
-        f"{offered}); ask its operator to serve with --masked {bits}, or connect with another "
+        f"this executor does not offer masked exchanges with {asked}-bit weights (offered: "
+        f"{offered}); ask its operator to serve with --masked {asked}, or connect with another "
         f"privacy mode"
     )
 

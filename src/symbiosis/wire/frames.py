@@ -306,7 +306,8 @@ def _malformed(
 ) -> ProtocolError:
     """What is wrong with a header that is not acceptable."""
     if magic != MAGIC:
-        return ProtocolError(f"a frame starts with {magic!r}, not {MAGIC!r}: not this protocol")
+        # Which bytes it starts with is not said: out of step, they are somebody's payload.
+        return ProtocolError(f"a frame does not start with {MAGIC!r}: not this protocol")
     if version != VERSION:
         return ProtocolError(
             f"protocol version {version} on the wire, {VERSION} here: use the same release"

@@ -1,0 +1,1 @@
+"""Frames that nobody should send: what is mutated, how, and where it is fed. ``make fuzz``."""
