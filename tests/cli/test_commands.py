@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import peft
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import symbiosis
 from command_line import Outcome, Served, finish, run, serve, start
 from symbiosis.jobs import finetune
 from symbiosis.jobs.spec import FinetuneSpec
@@ -175,3 +177,35 @@ def test_a_pinned_model(served: Served, model_folder: Path) -> None:
     assert refused.code == 1
     assert printed.out.strip() in refused.err
     assert "Nothing was sent" in refused.err
+
+
+def test_a_verified_executor(
+    served: Served, model_folder: Path, tmp_path: Path, call: Call
+) -> None:
+    """Every product is compared with the model that is trusted; that of another is caught."""
+    asked = ("generate", "--base", served.unix, "--prompt", "the", "--max-new-tokens", 2)
+    right = call(*asked, "--verify", 1, "--verify-weights", model_folder)
+    assert right.code == 0, right
+    found = re.search(r"verified (\d+) products", right.err)
+    assert found is not None, right.err
+    assert int(found[1]) > 10
+
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] += 0.1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    wrong = call(*asked, "--verify", 1, "--verify-weights", other)
+    assert wrong.code == 1
+    assert "down_proj" in wrong.err
+
+    vague = call(*asked, "--verify-weights", model_folder)
+    assert vague.code == 2
+    assert "verify_weights is what" in vague.err
+
+
+def test_status_shows_names_as_they_are(served: Served, call: Call) -> None:
+    """The operator's terminal takes no markup from clients."""
+    with symbiosis.connect(served.unix, name="[/red]eve[bold]"):
+        shown = call("status", "--base", served.unix, "--once")
+    assert shown.code == 0, shown
+    assert "[/red]eve[bold]" in shown.out

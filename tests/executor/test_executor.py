@@ -48,6 +48,14 @@ def test_odd_names_are_taken_as_text(executor: Executor, hello: dict[str, object
     executor.detach(client)
 
 
+def test_a_name_cannot_write_into_a_log_or_a_terminal(executor: Executor) -> None:
+    hello = {"protocol": VERSION, "client": "a\nready\x1b[2J é"}
+    client, _ = executor.attach(hello)
+    stats, _ = executor.answer(client, {"get": "stats"})
+    assert stats["clients"][str(client)]["name"] == "a?ready?[2J é"  # type: ignore[index]
+    executor.detach(client)
+
+
 def test_a_weight_is_handed_out_as_the_policy_says(tmp_path: Path) -> None:
     model = tiny.llama()
     with Executor(Weights(model, "tiny")) as open_handed:

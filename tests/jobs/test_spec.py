@@ -40,6 +40,8 @@ def test_unknown_and_missing_fields_are_named() -> None:
         ("eval_fraction", -0.1),
         ("learning_rate", 0),
         ("scheduler", "wavy"),
+        ("verify", 1.5),
+        ("verify_weights", Path("model")),
     ],
 )
 def test_finetune_ranges(field: str, value: object) -> None:

@@ -35,6 +35,24 @@ ExpectDigest = Annotated[
         help="Refuse an executor that hosts other numbers than `symbiosis digest` printed.",
     ),
 ]
+Verify = Annotated[
+    float,
+    typer.Option(
+        "--verify",
+        metavar="SHARE",
+        help="Check the products of this share of the exchanges (0.05: one in twenty) by random "
+        "projections; a wrong one ends the job.",
+    ),
+]
+VerifyWeights = Annotated[
+    Path | None,
+    typer.Option(
+        "--verify-weights",
+        metavar="FOLDER",
+        help="The model that is trusted, for --verify; without it an executor is held to its own "
+        "first answers.",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

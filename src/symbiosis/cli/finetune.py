@@ -102,6 +102,8 @@ def finetune(
         str | None, typer.Option(help="Refuse if the executor hosts another model.")
     ] = None,
     expect_digest: console.ExpectDigest = None,
+    verify: console.Verify = 0.0,
+    verify_weights: console.VerifyWeights = None,
     name: console.Name = None,
     device: console.Device = FinetuneSpec.device,
     privacy: console.PrivacyMode = "plain",

@@ -50,6 +50,8 @@ def generate(
         bool, typer.Option("--chat", help="Wrap prompts in the tokenizer's chat template.")
     ] = False,
     expect_digest: console.ExpectDigest = None,
+    verify: console.Verify = 0.0,
+    verify_weights: console.VerifyWeights = None,
     name: console.Name = None,
     device: console.Device = "cpu",
     privacy: console.PrivacyMode = "plain",
@@ -79,6 +81,8 @@ def generate(
                 "seed": seed,
                 "chat": chat,
                 "expect_digest": expect_digest,
+                "verify": verify,
+                "verify_weights": verify_weights,
                 "name": name,
                 "device": device,
                 "privacy": privacy,

@@ -124,6 +124,7 @@ def _numbers(stats: Stats) -> str:
 
 def _clients(clients: dict[str, dict[str, Any]]) -> Table:
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(caption=None if clients else "no clients", box=box.SIMPLE)
@@ -134,7 +135,7 @@ def _clients(clients: dict[str, dict[str, Any]]) -> Table:
         table.add_column(title, justify="right")
     for client in clients.values():
         figures = (show(client) for show in columns.values())
-        table.add_row(str(client["name"]), str(client["transport"]), *figures)
+        table.add_row(escape(str(client["name"])), str(client["transport"]), *figures)
     return table
 
 

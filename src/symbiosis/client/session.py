@@ -7,7 +7,6 @@ asked for and allowed, and builds models. Knows channels; knows no sockets.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import logging
@@ -26,6 +25,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from symbiosis.client.ahead import Ahead
+from symbiosis.client.counters import Counters, SessionStats
 from symbiosis.client.recovery import T, recover
 from symbiosis.client.trace import plain
 from symbiosis.client.verifying import Trust, Verifier
@@ -54,34 +54,6 @@ PriorityName = Literal["auto", "interactive", "training"]
 Opener = Callable[[Json], Channel]
 
 _serial = itertools.count(1)
-
-
-@dataclasses.dataclass(frozen=True)
-class SessionStats:
-    """What one session has cost so far. Times in seconds, summed over exchanges."""
-
-    exchanges: int
-    forward: int  # exchanges outside a backward pass
-    grouped: int  # products answered along with another, without an exchange of their own
-    bytes_sent: int
-    bytes_received: int
-    wait_s: float  # from handing an exchange over to holding its result
-    queue_s: float  # of that, waiting in the executor
-    compute_s: float  # of that, the executor's computation
-    mean_batch: float
-    fetched_bytes: int
-    verified: int  # products compared by the random check
-    unverified: int  # products of exchanges drawn for it that have none
-
-
-class _Counters:
-    """Mutable side of `SessionStats`."""
-
-    def __init__(self) -> None:
-        self.exchanges = self.forward = 0
-        self.bytes_sent = self.bytes_received = self.fetched_bytes = 0
-        self.wait_s = 0.0
-        self.queue_us = self.compute_us = self.batch_members = 0
 
 
 class Session:
@@ -129,7 +101,7 @@ class Session:
         self._channel: Channel | None = None
         self._channel_pid = 0
         self._closing = threading.Event()
-        self._counters = _Counters()
+        self._counters = Counters()
         self._ahead = Ahead(functools.partial(_vector_id, weakref.ref(self)))
         self._fetched: dict[int, Tensor] = {}
         self._folder: Path | None = None
@@ -208,20 +180,11 @@ class Session:
 
     def stats(self) -> SessionStats:
         """What this session has cost so far."""
-        c = self._counters
-        return SessionStats(
-            exchanges=c.exchanges,
-            forward=c.forward,
+        checked = self._verifier
+        return self._counters.stats(
             grouped=self._ahead.grouped,
-            bytes_sent=c.bytes_sent,
-            bytes_received=c.bytes_received,
-            wait_s=c.wait_s,
-            queue_s=c.queue_us / 1e6,
-            compute_s=c.compute_us / 1e6,
-            mean_batch=c.batch_members / c.exchanges if c.exchanges else 0.0,
-            fetched_bytes=c.fetched_bytes,
-            verified=self._verifier.verified if self._verifier else 0,
-            unverified=self._verifier.unverified if self._verifier else 0,
+            verified=checked.verified if checked else 0,
+            unverified=checked.unverified if checked else 0,
         )
 
     def privacy_report(self) -> PrivacyReport:
@@ -390,17 +353,7 @@ class Session:
             result = self._open().exchange(exchange)
         except BaseException as error:  # noqa: BLE001 (raised again)
             result = self._recover(error, lambda channel: channel.exchange(exchange))
-        c = self._counters
-        c.wait_s += time.perf_counter() - started_s
-        c.exchanges += 1
-        c.forward += forward
-        c.queue_us += result.queue_us
-        c.compute_us += result.compute_us
-        c.batch_members += result.batch_size
-        for tensor in tensors:
-            c.bytes_sent += tensor.nbytes
-        for tensor in result.tensors:
-            c.bytes_received += tensor.nbytes
+        self._counters.answered(exchange, result, time.perf_counter() - started_s, forward)
         if len(result.tensors) != (1 if op is Op.CHAIN else len(weights)):
             raise ProtocolError(f"{len(result.tensors)} results for {len(weights)} weights")
         if self._verifier is not None and op is not Op.CHAIN:

@@ -25,7 +25,7 @@ from symbiosis.executor.ring import only_ring
 from symbiosis.executor.tenants import Account
 from symbiosis.transport.arena import ArenaUnfit, AttachedArena, receive_with_descriptors
 from symbiosis.transport.sockets import exchange_parts
-from symbiosis.transport.tls import TlsSocket, reason_of
+from symbiosis.transport.tls import TlsSocket
 from symbiosis.wire.checksums import checked
 from symbiosis.wire.exchange import Exchange, Result, pack_result
 from symbiosis.wire.frames import (
@@ -49,9 +49,6 @@ logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 16
 """Exchanges of one connection that may wait at once; beyond it, or while answers
 are not taken, the connection is not read: that is the back-pressure."""
-
-
-_JOINED_BYTES = 1 << 16
 
 Answer = tuple[int, Result | SymbiosisError, Places | None, Taken]
 """Request, outcome, the places for its results, and what the exchange has taken."""
@@ -80,7 +77,6 @@ class Connection:
         self._server = server
         self._desk = desk
         self._transport = transport
-        self._tls = accepted if isinstance(accepted, TlsSocket) else None
         self._reader = FrameReader(server.limits, self._admit)
         self._client: int | None = None
         self._descriptors: tuple[int, ...] = ()  # came with HELLO, not yet mapped
@@ -110,48 +106,25 @@ class Connection:
     def ready(self, events: int) -> None:
         """The socket can be read, or written again."""
         try:
-            if self._tls is not None:
-                self._ready_encrypted(self._tls)
-                return
-            if events & selectors.EVENT_WRITE:
-                self._flush()
-            if events & selectors.EVENT_READ and not self._closed:
-                self._read()
+            self._go_on(events)
         except Exception as error:  # noqa: BLE001
             self._contain(error)
 
     def resume(self) -> None:
         """Go on with frames that were held back."""
         try:
-            self._work()
-            if self._tls is not None and not self._held_back and self._tls.pending:
-                self._read()
+            self._resume()
         except Exception as error:  # noqa: BLE001
             self._contain(error)
 
-    def _ready_encrypted(self, tls: TlsSocket) -> None:
-        """Either event may let either direction go on."""
-        if not tls.established:
-            self._shake_hands(tls)
-        else:
-            if self._outbox:
-                self._flush()
-            if not self._closed and not self._held_back:
-                self._read()
-        self._update_events()
+    def _resume(self) -> None:
+        self._work()
 
-    def _shake_hands(self, tls: TlsSocket) -> None:
-        if tls.begins_in_plain():
-            logger.warning("a client came to a tls:// address without TLS")
-            error = ProtocolError("this address takes TLS only: connect to tls://HOST:PORT")
-            tls.send_in_plain(error_frame(0, error))
-            self.close()
-            return
-        try:
-            tls.shake_hands()
-        except OSError as error:
-            logger.warning("a client's TLS handshake failed: %s", reason_of(error))
-            self.close()
+    def _go_on(self, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self._flush()
+        if events & selectors.EVENT_READ and not self._closed:
+            self._read()
 
     def _contain(self, error: Exception) -> None:
         """Whatever goes wrong with one connection ends that connection and no other."""
@@ -379,8 +352,7 @@ class Connection:
     def _greeted(self, hello: Json) -> None:
         if bool(hello.get("arena")) != bool(self._descriptors):
             raise ProtocolError("an arena is announced and its descriptor sent, both or neither")
-        names = () if self._tls is None else self._tls.peer_names()
-        client, welcome = self._desk.attach(hello, self._transport, names)
+        client, welcome = self._desk.attach(hello, self._transport, self._certificate_names())
         self._client = client
         self._server.greeted(self)
         self.account = self._server.engine.account_of(client)
@@ -394,6 +366,10 @@ class Connection:
                 welcome = {**welcome, "arena": str(error)}
             self._drop_descriptors()
         self._send([json_frame(Kind.WELCOME, 0, welcome)])
+
+    def _certificate_names(self) -> tuple[str, ...]:
+        """Those that the client has shown."""
+        return ()
 
     def _exchange(
         self, frame: Frame, exchange: Exchange, plan: Plan, places: Places | None
@@ -435,12 +411,13 @@ class Connection:
     def _send(self, parts: list[bytes | memoryview]) -> None:
         if self._reader.checked:
             parts = checked(parts)
-        if isinstance(self.socket, TlsSocket):
-            self._send_encrypted(self.socket, parts)
-            return
+        self._put(parts)
+
+    def _put(self, parts: list[bytes | memoryview]) -> None:
         if self._outbox:
             self._outbox.extend(map(memoryview, parts))
             return
+        assert isinstance(self.socket, socket.socket)
         try:
             sent = self.socket.sendmsg(parts)
         except BlockingIOError:
@@ -452,21 +429,6 @@ class Connection:
                 self._outbox.append(memoryview(part)[sent:])
             sent = max(0, sent - len(part))
         if self._outbox:
-            self._update_events()
-
-    def _send_encrypted(self, tls: TlsSocket, parts: list[bytes | memoryview]) -> None:
-        """Each send makes records of its own, so small parts go together."""
-        if not tls.established:  # nothing can be said yet
-            return
-        if sum(map(len, parts)) <= _JOINED_BYTES:
-            parts = [b"".join(parts)]
-        idle = not self._outbox
-        self._outbox.extend(memoryview(part) for part in parts if len(part))
-        if idle:
-            try:
-                self._flush_outbox()
-            except OSError:  # the peer has gone; the next read says so
-                self._outbox.clear()
             self._update_events()
 
     def _flush_outbox(self) -> None:
@@ -498,11 +460,12 @@ class Connection:
     def _update_events(self) -> None:
         if self._closed:
             return
-        events = selectors.EVENT_WRITE if self._outbox else selectors.EVENT_READ
-        if self._is_busy:
-            events &= ~selectors.EVENT_READ
-        if self._tls is not None:
-            events = self._tls.waits_for or events
+        events = self._wanted_events()
         if events != self._events:
             self._events = events
             self._server.watch(self, events)
+
+    def _wanted_events(self) -> int:
+        if self._outbox:
+            return selectors.EVENT_WRITE
+        return 0 if self._is_busy else selectors.EVENT_READ

@@ -213,7 +213,7 @@ class Executor:
                 f"use the same release on both sides"
             )
         pid = hello.get("pid")
-        name = str(hello.get("client") or "client")[:64]
+        name = _printable(hello.get("client") or "client", 64)
         terms = _terms(hello)
         holder = None
         if self._guard is not None and transport != "inproc":
@@ -285,7 +285,9 @@ class Executor:
             case "digest":
                 return self.digest.answer(), empty_payload(0)
             case "weight":
-                return self._whole_weight(client, question.get("id"), str(question.get("why")))
+                return self._whole_weight(
+                    client, question.get("id"), _printable(question.get("why"), 200)
+                )
             case "ring":
                 facts, scales = describe(self.weights, question.get("bits"))
                 return facts, _payload(scales)
@@ -358,14 +360,14 @@ class Executor:
         name = hosted.names[0]
         if self._fetch_policy(client) == "deny":
             raise FetchRefused(
-                f"{why[:200]} needs the whole of {name}, and this executor does not hand out "
+                f"{why} needs the whole of {name}, and this executor does not hand out "
                 f"weights; choose a method that does not read them, or ask the operator to serve "
                 f"with --fetch allow"
             )
         stats = self._engine.stats.clients.get(client)
         if stats is not None:
             stats.fetches += 1
-        logger.info("client %d fetches %s for %s", client, name, why[:200])
+        logger.info("client %d fetches %s for %s", client, name, why)
         data = hosted.dense().cpu().contiguous()
         return {"dtype": str(data.dtype).removeprefix("torch.")}, data.reshape(-1).view(torch.uint8)
 
@@ -389,6 +391,11 @@ class Executor:
             "max_payload_bytes": self._limits.payload_bytes,
             "masked": list(weights.ring),
         }
+
+
+def _printable(text: object, most: int) -> str:
+    """What a client says, as it may go into logs and onto an operator's terminal."""
+    return "".join(mark if mark.isprintable() else "?" for mark in str(text)[:most])
 
 
 def _terms(hello: Json) -> Terms:

@@ -27,6 +27,7 @@ from symbiosis.executor.admin import AdminConnection
 from symbiosis.executor.admission import Admission
 from symbiosis.executor.bounds import Bounds, Budget, Taken
 from symbiosis.executor.connection import Answer, Connection, Desk
+from symbiosis.executor.encrypted import EncryptedConnection
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.guard import LOOK_EVERY_S, Guard, context_for, refusal
 from symbiosis.transport.sockets import Address, listen, tune
@@ -52,7 +53,7 @@ class _Door(NamedTuple):
     context: ssl.SSLContext | None
     is_owned: bool
     """Whether it is ours to remove."""
-    connection: type[Connection]
+    is_admin: bool
 
 
 class Server:
@@ -126,8 +127,7 @@ class Server:
         is_admin: bool = False,
     ) -> None:
         listener.setblocking(False)
-        kind = AdminConnection if is_admin else Connection
-        door = _Door(listener, address, desk, context, is_owned, kind)
+        door = _Door(listener, address, desk, context, is_owned, is_admin)
         self._doors.append(door)
         self._selector.register(listener, selectors.EVENT_READ, door)
         if not is_admin:
@@ -239,8 +239,9 @@ class Server:
             connection.answer(*answer)
         if self._guard is not None:
             self._look_after_tenants(self._guard)
-        while self._resumable:
-            self._resumable.pop().resume()
+        resumable, self._resumable = self._resumable, set()
+        for connection in resumable:
+            connection.resume()
         if self.engine.clock() - self._looked_at_s >= self._look_s:
             self._look_after_connections()
 
@@ -335,9 +336,10 @@ class Server:
 
     def _connection(self, accepted: socket.socket, door: _Door) -> Connection:
         if door.context is not None:
-            return door.connection(self, TlsSocket(accepted, door.context), "tls", door.desk)
+            return EncryptedConnection(self, TlsSocket(accepted, door.context), door.desk)
         transport = "unix" if accepted.family == socket.AF_UNIX else "tcp"
-        return door.connection(self, accepted, transport, door.desk)
+        kind = AdminConnection if door.is_admin else Connection
+        return kind(self, accepted, transport, door.desk)
 
     def _close_all(self) -> None:
         until_s = time.monotonic() + _TAKE_ANSWERS_S

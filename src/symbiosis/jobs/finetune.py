@@ -24,9 +24,9 @@ from symbiosis.errors import ModelError
 from symbiosis.jobs import methods
 from symbiosis.jobs.data import Row, digest, read_rows, split
 from symbiosis.jobs.encode import Encoded, encode, loss_scope, pad_id
-from symbiosis.jobs.hosted import check_hosts, log_privacy, tokenizer_of
+from symbiosis.jobs.hosted import check_hosts, connected, log_trust, tokenizer_of
 from symbiosis.jobs.record import Progress, RunFolder
-from symbiosis.jobs.spec import FinetuneSpec, privacy_of
+from symbiosis.jobs.spec import FinetuneSpec
 from symbiosis.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _FREE_TO_CHANGE = {
     "base", "out", "name", "expect_model", "resume", "overwrite", "save_steps", "eval_steps",
     "log_steps", "data", "eval_data", "method", "options", "learning_rate", "privacy_helper",
-    "privacy_weights",
+    "privacy_weights", "verify", "verify_weights",
 }  # fmt: skip
 """Fields that a resumed run need not share, or that `_job` records in another form."""
 
@@ -85,16 +85,7 @@ def run(
     train, held_out = _read(spec)
     folder = RunFolder(spec.out)
     folder.check(resume=spec.resume, overwrite=spec.overwrite)
-    name = spec.name or f"finetune {spec.out.name}"
-    with symbiosis.connect(
-        spec.base,
-        name=name,
-        priority="training",
-        expect_digest=spec.expect_digest,
-        key=key,
-        tls=tls,
-        privacy=privacy_of(spec),
-    ) as base:
+    with connected(spec, f"finetune {spec.out.name}", "training", key, tls) as base:
         check_hosts(base, spec.expect_model)
         tokenizer = tokenizer_of(base)
         scope = loss_scope(train[0], tokenizer)
@@ -104,7 +95,7 @@ def run(
         folder.begin(_job(spec, method, base), resume=spec.resume)
         job = _Job(spec, method, base, folder, pad_id(tokenizer), train_set, eval_set)
         report = job.run(on_event or (lambda progress: None))
-        log_privacy(base)
+        log_trust(base)
         return report
 
 

@@ -20,12 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import TextStreamer
 
-import symbiosis
 from symbiosis.client.session import Session
 from symbiosis.errors import ModelError, SymbiosisError
 from symbiosis.jobs.encode import pad_id
-from symbiosis.jobs.hosted import log_privacy, tokenizer_of
-from symbiosis.jobs.spec import GenerateSpec, privacy_of
+from symbiosis.jobs.hosted import connected, log_trust, tokenizer_of
+from symbiosis.jobs.spec import GenerateSpec
 from symbiosis.transport.tls import Tls
 
 if TYPE_CHECKING:
@@ -85,16 +84,7 @@ def run(
     """
     for folder in spec.adapters:
         check_adapter_folder(folder)
-    name = spec.name or "generate"
-    with symbiosis.connect(
-        spec.base,
-        name=name,
-        priority="interactive",
-        expect_digest=spec.expect_digest,
-        key=key,
-        tls=tls,
-        privacy=privacy_of(spec),
-    ) as base:
+    with connected(spec, "generate", "interactive", key, tls) as base:
         tokenizer = tokenizer_of(base)
         prompts = [_encoded(tokenizer, prompt, spec) for prompt in spec.prompts]
         models = _models(base, spec)
@@ -103,7 +93,7 @@ def run(
             for index, ids in enumerate(prompts)
             for label, model in models.items()
         ]
-        log_privacy(base)
+        log_trust(base)
         return answers
 
 

@@ -1,4 +1,4 @@
-"""What every job asks of the hosted model first: is it the right one, and its tokenizer."""
+"""What every job asks for first: a session as it is specified, the right model, its tokenizer."""
 
 from __future__ import annotations
 
@@ -6,14 +6,39 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import symbiosis
 from symbiosis.errors import ModelError
+from symbiosis.jobs.spec import privacy_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from symbiosis.client.session import Session
+    from symbiosis.client.session import PriorityName, Session
+    from symbiosis.jobs.spec import FinetuneSpec, GenerateSpec
+    from symbiosis.transport.tls import Tls
 
 logger = logging.getLogger(__name__)
+
+
+def connected(
+    spec: FinetuneSpec | GenerateSpec,
+    name: str,
+    priority: PriorityName,
+    key: str | None,
+    tls: Tls | None,
+) -> Session:
+    """A session with the executor that ``spec`` names; raises what `symbiosis.connect` raises."""
+    return symbiosis.connect(
+        spec.base,
+        name=spec.name or name,
+        priority=priority,
+        expect_digest=spec.expect_digest,
+        verify=spec.verify,
+        weights=None if spec.verify_weights is None else str(spec.verify_weights),
+        key=key,
+        tls=tls,
+        privacy=privacy_of(spec),
+    )
 
 
 def check_hosts(base: Session, expected: str | None) -> None:
@@ -32,11 +57,18 @@ def check_hosts(base: Session, expected: str | None) -> None:
     )
 
 
-def log_privacy(base: Session) -> None:
-    """What was hidden, where anything was to be."""
-    report = base.privacy_report()
+def log_trust(base: Session) -> None:
+    """What was hidden and what was verified, where anything was to be."""
+    report, stats = base.privacy_report(), base.stats()
     if report.mode != "plain":
         logger.info("%s", report)
+    if stats.verified or stats.unverified:
+        logger.info(
+            "verified %d products of the executor at random, all right; %d that were drawn have "
+            "no check",
+            stats.verified,
+            stats.unverified,
+        )
 
 
 def tokenizer_of(base: Session) -> PreTrainedTokenizerBase:

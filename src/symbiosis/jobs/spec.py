@@ -108,6 +108,10 @@ class FinetuneSpec(_Mapped):
     """Refuse to train if the executor hosts another model than this one."""
     expect_digest: str | None = None
     """Refuse if it hosts other numbers: what ``symbiosis digest`` prints."""
+    verify: float = 0.0
+    """Share of the exchanges whose products are checked; see `symbiosis.connect`."""
+    verify_weights: Path | None = None
+    """A folder with the model that is trusted, to check against."""
     privacy: str = "plain"
     """How activations are hidden from the executor; see `symbiosis.Privacy`."""
     privacy_helper: str | None = None
@@ -134,7 +138,7 @@ class FinetuneSpec(_Mapped):
             raise ValueError(f"scheduler is {self.scheduler!r}; use {', '.join(SCHEDULERS)}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
-        privacy_of(self)
+        _check_trust(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,6 +167,10 @@ class GenerateSpec(_Mapped):
     """Wrap each prompt as a user's message in the tokenizer's chat template."""
     expect_digest: str | None = None
     """Refuse an executor that hosts other numbers: what ``symbiosis digest`` prints."""
+    verify: float = 0.0
+    """Share of the exchanges whose products are checked; see `symbiosis.connect`."""
+    verify_weights: Path | None = None
+    """A folder with the model that is trusted, to check against."""
     name: str | None = None
     """What ``symbiosis status`` shows."""
     device: str = "cpu"
@@ -185,7 +193,7 @@ class GenerateSpec(_Mapped):
             raise ValueError(f"temperature is {self.temperature}; it must be above 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1]")
-        privacy_of(self)
+        _check_trust(self)
 
 
 def privacy_of(spec: FinetuneSpec | GenerateSpec) -> Privacy:
@@ -196,6 +204,15 @@ def privacy_of(spec: FinetuneSpec | GenerateSpec) -> Privacy:
         bits=spec.privacy_bits,  # type: ignore[arg-type]
         weights=spec.privacy_weights,
     )
+
+
+def _check_trust(spec: FinetuneSpec | GenerateSpec) -> None:
+    if not 0 <= spec.verify <= 1:
+        raise ValueError(f"verify is {spec.verify}; it is a share of the exchanges, 0 to 1")
+    if spec.verify_weights is not None and not spec.verify:
+        raise ValueError("verify_weights is what answers are compared with: give verify as well")
+    if privacy_of(spec).is_masked and spec.verify:
+        raise ValueError("verify has no check for masked products; expect_digest pins the model")
 
 
 def _at_least(spec: object, least: int, *names: str) -> None:

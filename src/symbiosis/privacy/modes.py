@@ -95,7 +95,7 @@ def _are_buckets(given: object) -> bool:
 
 
 class Traffic(Protocol):
-    """What a session has sent, as `symbiosis.client.session.SessionStats` counts it."""
+    """What a session has sent, as `symbiosis.client.counters.SessionStats` counts it."""
 
     @property
     def exchanges(self) -> int: ...
