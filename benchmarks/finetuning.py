@@ -33,20 +33,23 @@ def jobs(source: str, count: int, threads: int) -> list[Worker]:
 
 
 def compare(model: str, url: str, executor_pid: int, count: int, steps: int, rounds: int) -> Any:
-    threads = max(1, (os.cpu_count() or 1) // count)
-    speed: dict[str, list[float]] = {"split": [], "separate": []}
-    memory: dict[str, int] = {"split": 0, "separate": 0}
+    """Both sides in turn; beyond four jobs one after the other, for both would not fit."""
     sides = {"split": (url, [executor_pid]), "separate": (model, [])}
-    workers = {name: jobs(source, count, threads) for name, (source, _) in sides.items()}
-    for round_number in range(rounds + 1):
-        for name, (_, pids) in sides.items():
-            rate, peak = run_jobs(workers[name], pids, steps)
-            if round_number:  # the first round warms up
-                speed[name].append(rate)
-            memory[name] = max(memory[name], peak)
-    for group in workers.values():
-        for worker in group:
-            worker.close()
+    at_once = [["split", "separate"]] if count <= 4 else [["split"], ["separate"]]
+    threads = max(1, (os.cpu_count() or 1) // count)
+    speed: dict[str, list[float]] = {name: [] for name in sides}
+    memory = dict.fromkeys(sides, 0)
+    for names in at_once:
+        workers = {name: jobs(sides[name][0], count, threads) for name in names}
+        for round_number in range(rounds + 1):
+            for name in names:
+                rate, peak = run_jobs(workers[name], sides[name][1], steps)
+                if round_number:  # the first round warms up
+                    speed[name].append(rate)
+                memory[name] = max(memory[name], peak)
+        for group in workers.values():
+            for worker in group:
+                worker.close()
     ours, theirs = Sample(tuple(speed["split"])), Sample(tuple(speed["separate"]))
     return {
         "split_tokens_per_s": ours.median,
