@@ -325,7 +325,21 @@ def test_executor_time_runs_out_for_one_tenant_only(
             for _ in range(10_000):
                 ann.lookup(torch.zeros(1, 500, dtype=torch.int64), 1, ())
         assert ann.executor_stats()["tenant"]["executor_s_left"] <= 1e-6
+        with pytest.raises(QuotaExceeded):  # nor is anything else handed out
+            ann.fetch(1, "the test")
         assert bob.lookup(IDS, 1, ()).shape == (1, 3, 32)
+
+
+def test_whole_weights_take_executor_time_too(
+    guarded: Guarded, start: Callable[..., Executor]
+) -> None:
+    guarded.grant(ann={"executor_s_per_hour": 1e-6})
+    start()
+    with guarded.connect(guarded.ann) as ann:
+        ann.fetch(1, "the test")
+        assert ann.executor_stats()["tenant"]["executor_s"] > 0
+        with pytest.raises(QuotaExceeded):
+            ann.fetch(2, "the test")
 
 
 @pytest.fixture(scope="module")

@@ -394,11 +394,16 @@ class Connection:
 
     def _request(self, frame: Frame) -> None:
         assert self._client is not None
+        engine, question = self._server.engine, frame.json()
+        started_s = engine.clock()
         try:
-            answer, payload = self._desk.answer(self._client, frame.json())
+            if self.account is not None and question.get("get") != "stats":
+                self.account.begin(0, 0, started_s)
+            answer, payload = self._desk.answer(self._client, question)
         except SymbiosisError as error:
             self._send([error_frame(frame.request, error)])
             return
+        engine.charge(self._client, engine.clock() - started_s)
         head = json_frame(Kind.REPLY, frame.request, answer, len(payload))
         self._send([head, as_bytes(payload)])
 
