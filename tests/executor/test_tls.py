@@ -217,6 +217,22 @@ def test_frames_that_share_a_record_are_all_answered(
         assert [client.receive().request for _ in range(count)] == list(range(1, count + 1))
 
 
+def test_a_record_that_goes_on_after_a_payload_is_read_to_its_end(
+    start: Callable[..., list[str]], files: Files
+) -> None:
+    """A payload has memory of its own, which is full before the record is."""
+    (url,) = start(files.serving())
+    with TlsRawClient(url, files) as client:
+        rows = 1000
+        meta = raw.exchange_meta(raw.EMBEDDING, (1,), (rows,), dtype=raw.INT64)
+        whole = raw.frame(raw.EXCHANGE, 1, meta, bytes(8 * rows))
+        head = whole[: -8 * rows]
+        client.send(head)
+        time.sleep(0.2)  # the executor waits for the payload now
+        client.send(whole[len(head) :] + raw.json_frame(raw.REQUEST, 2, {"get": "stats"}))
+        assert sorted(client.receive().request for _ in range(2)) == [1, 2]
+
+
 def test_a_slow_reader_gets_everything(start: Callable[..., list[str]], files: Files) -> None:
     """The executor's answers do not fit the socket's buffers; records are begun and finished."""
     (url,) = start(files.serving())
