@@ -11,7 +11,7 @@ import argparse
 import os
 from typing import Any
 
-from harness import SIZES, Sample, Worker, executor, make_model, peak_pss, save
+from harness import Sample, Worker, chosen_model, executor, model_options, peak_pss, save
 
 METHODS = ["lora", "ia3", "prefix", "lora8"]
 
@@ -48,11 +48,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--model", default="110m", choices=list(SIZES))
+    model_options(parser)
     options = parser.parse_args()
-    suffix = "" if options.model == "110m" else f"-{options.model}"
-    model = make_model(f"llama-{options.model}", SIZES[options.model])
-    result: dict[str, Any] = {"model": f"Llama {options.model.upper()}, fp32", "methods": METHODS}
+    model, title, suffix = chosen_model(options)
+    result: dict[str, Any] = {"model": title, "methods": METHODS}
     for count in options.clients:
         theirs, their_peak, _ = one_side(str(model), [], count, options.tokens, options.rounds)
         with executor(model) as served:

@@ -11,7 +11,7 @@ import argparse
 import os
 from typing import Any
 
-from harness import SIZES, Sample, Worker, executor, make_model, peak_pss, save
+from harness import Sample, Worker, chosen_model, executor, model_options, peak_pss, save
 
 
 def run_jobs(workers: list[Worker], extra_pids: list[int], steps: int) -> tuple[float, int]:
@@ -67,12 +67,11 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--model", default="110m", choices=list(SIZES))
+    model_options(parser)
     options = parser.parse_args()
-    suffix = "" if options.model == "110m" else f"-{options.model}"
-    model = make_model(f"llama-{options.model}", SIZES[options.model])
+    model, title, suffix = chosen_model(options)
     result: dict[str, Any] = {
-        "model": f"Llama {options.model.upper()}, fp32",
+        "model": title,
         "steps": options.steps,
     }
     for count in options.clients:

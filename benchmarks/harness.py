@@ -7,6 +7,7 @@ otherwise idle machine. Performance is measured here, never in a test.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "build" / "bench-models"
@@ -55,17 +56,51 @@ LLAMA_1B = {
 SIZES = {"110m": LLAMA_110M, "1b": LLAMA_1B}
 
 
-def make_model(name: str, config: dict[str, Any]) -> Path:
+def make_model(name: str, config: dict[str, Any], dtype: str = "float32") -> Path:
     """A Llama with random weights as an ordinary model folder; made once."""
     folder = MODELS / name
     if not (folder / "config.json").exists():
         code = (
             "import sys, json, torch; from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "config, folder, dtype = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]\n"
             "torch.manual_seed(0)\n"
-            "LlamaForCausalLM(LlamaConfig(**json.loads(sys.argv[1]))).save_pretrained(sys.argv[2])"
+            "model = LlamaForCausalLM(LlamaConfig(**config)).to(getattr(torch, dtype))\n"
+            "model.save_pretrained(folder)"
         )
-        subprocess.run([sys.executable, "-c", code, json.dumps(config), str(folder)], check=True)
+        arguments = [json.dumps(config), str(folder), dtype]
+        subprocess.run([sys.executable, "-c", code, *arguments], check=True)
     return folder
+
+
+class Chosen(NamedTuple):
+    """The base that a benchmark was asked to use."""
+
+    folder: Path
+    title: str
+    suffix: str  # of the file with the results
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """Options that `chosen_model` reads."""
+    parser.add_argument("--model", default="110m", choices=list(SIZES))
+    parser.add_argument(
+        "--from-bf16",
+        action="store_true",
+        help="the files are in bf16, as most are; they are converted on loading",
+    )
+
+
+def chosen_model(options: argparse.Namespace) -> Chosen:
+    """Computed in fp32 in any case. From fp32 files plain transformers maps the file, so that
+    processes on one machine share its pages; what is converted each process has for itself."""
+    bf16 = "-bf16" if options.from_bf16 else ""
+    folder = make_model(
+        f"llama-{options.model}{bf16}",
+        SIZES[options.model],
+        "bfloat16" if options.from_bf16 else "float32",
+    )
+    title = f"Llama {options.model.upper()}, fp32{' from bf16 files' if options.from_bf16 else ''}"
+    return Chosen(folder, title, ("" if options.model == "110m" else f"-{options.model}") + bf16)
 
 
 def environment(*, passive: bool) -> dict[str, str]:
@@ -156,6 +191,7 @@ def executor(model: Path, *options: str) -> Iterator[Served]:
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "symbiosis.cli.main", "serve", str(model)),
+                    *("--dtype", "float32"),
                     *("--listen", unix, "--listen", "tcp://127.0.0.1:0", *options),
                 ],
                 stdout=sink,

@@ -11,7 +11,7 @@ import argparse
 import os
 from typing import Any
 
-from harness import SIZES, Sample, Worker, executor, make_model, ratio, save
+from harness import Sample, Worker, chosen_model, executor, model_options, ratio, save
 
 UNITS: dict[str, dict[str, Any]] = {
     "decode": {"do": "decode", "tokens": 24, "context": 64},
@@ -60,13 +60,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--units", nargs="+", default=list(UNITS), choices=list(UNITS))
     parser.add_argument("--transports", nargs="+", default=["unix", "tcp"])
-    parser.add_argument("--model", default="110m", choices=list(SIZES))
+    model_options(parser)
     options = parser.parse_args()
-    suffix = "" if options.model == "110m" else f"-{options.model}"
     threads = os.cpu_count() or 1
-    model = make_model(f"llama-{options.model}", SIZES[options.model])
+    model, title, suffix = chosen_model(options)
     result: dict[str, Any] = {
-        "model": f"Llama {options.model.upper()}, fp32",
+        "model": title,
         "rounds": options.rounds,
     }
     with executor(model) as served:

@@ -25,6 +25,9 @@ def exactness() -> list[str]:
     return [f"| {', '.join(names)}: largest difference from the whole model | {worst:g} | |"]
 
 
+SUFFIXES = ("", "-bf16", "-1b", "-1b-bf16")
+
+
 def overhead(suffix: str) -> list[str]:
     found = load(f"overhead{suffix}")
     return [
@@ -51,13 +54,9 @@ def shared(name: str, what: str) -> list[str]:
 def main() -> None:
     rows = [
         *exactness(),
-        *[row for suffix in ("", "-1b") for row in overhead(suffix)],
-        *[
-            row
-            for suffix in ("", "-1b")
-            for row in shared(f"finetuning{suffix}", "fine-tuning job")
-        ],
-        *[row for suffix in ("", "-1b") for row in shared(f"decoding{suffix}", "decoder")],
+        *[row for suffix in SUFFIXES for row in overhead(suffix)],
+        *[row for suffix in SUFFIXES for row in shared(f"finetuning{suffix}", "fine-tuning job")],
+        *[row for suffix in SUFFIXES for row in shared(f"decoding{suffix}", "decoder")],
     ]
     facts = load("overhead")
     where = f"Commit {facts['commit']}, {facts['date']}, {facts['machine']}."
