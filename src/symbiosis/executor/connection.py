@@ -50,6 +50,9 @@ MAX_IN_FLIGHT = 16
 """Exchanges of one connection that may wait at once; beyond it, or while answers
 are not taken, the connection is not read: that is the back-pressure."""
 
+_FREE_REQUESTS = ("stats", "digest")
+"""What a tenant may ask for even when its executor time is used up; it costs next to nothing."""
+
 Answer = tuple[int, Result | SymbiosisError, Places | None, Taken]
 """Request, outcome, the places for its results, and what the exchange has taken."""
 
@@ -394,16 +397,19 @@ class Connection:
 
     def _request(self, frame: Frame) -> None:
         assert self._client is not None
-        engine, question = self._server.engine, frame.json()
+        engine = self._server.engine
         started_s = engine.clock()
         try:
-            if self.account is not None and question.get("get") != "stats":
+            question = frame.json()
+            is_free = question.get("get") in _FREE_REQUESTS
+            if self.account is not None and not is_free:
                 self.account.begin(0, 0, started_s)
             answer, payload = self._desk.answer(self._client, question)
         except SymbiosisError as error:
             self._send([error_frame(frame.request, error)])
             return
-        engine.charge(self._client, engine.clock() - started_s)
+        if not is_free:
+            engine.charge(self._client, engine.clock() - started_s)
         head = json_frame(Kind.REPLY, frame.request, answer, len(payload))
         self._send([head, as_bytes(payload)])
 
