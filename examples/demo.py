@@ -81,9 +81,9 @@ def main() -> None:
     separate = separate_copies()
     console.print(
         f"\n[bold]Memory[/] (proportional set size of all processes, measured at its peak): "
-        f"executor and five clients [bold]{peak / 2**20:.0f} MiB[/], five separate processes with "
-        f"a copy each [bold]{separate / 2**20:.0f} MiB[/].\nThis base is so small (22 MB) that "
-        f"Python and torch outweigh it; `make bench` shows what happens with a larger one."
+        f"executor and five clients [bold]{peak / 2**20:.0f} MiB[/], five separate processes "
+        f"[bold]{separate / 2**20:.0f} MiB[/].\nThis base is so small (22 MB) that Python and "
+        f"torch outweigh it, and separate processes share the mapped file; see the README."
     )
     console.print(f"\nDone in {time.monotonic() - started_s:.0f} s. Adapters are in {OUT.name}/.")
 
@@ -265,17 +265,18 @@ def separate_copies() -> int:
     """Peak memory of the same five jobs as processes with a whole model each."""
     script = Path(__file__).with_name("separate_copy.py")
     console.print("\nThe same five jobs as separate processes, to measure their memory ...")
-    processes = []
-    for job in JOBS:
-        options = [job.method, str(job.data), str(job.learning_rate)]
-        processes.append(subprocess.Popen([sys.executable, str(script), str(MODEL), *options]))
-    processes.append(subprocess.Popen([sys.executable, str(script), str(MODEL), "none"]))
+    work = [[job.method, str(job.data), str(job.learning_rate)] for job in JOBS]
+    processes, log = [], OUT / "separate.log"
+    with log.open("w") as sink:
+        for options in (*work, ["none"]):
+            command = [sys.executable, str(script), str(MODEL), *options]
+            processes.append(subprocess.Popen(command, stdout=sink, stderr=sink))
     peak = 0
     while any(process.poll() is None for process in processes):
         peak = max(peak, pss_bytes([process.pid for process in processes]))
         time.sleep(0.25)
     if any(process.returncode for process in processes):
-        sys.exit("a separate copy failed; see its output above")
+        sys.exit(f"a separate copy failed:\n{log.read_text()}")
     return peak
 
 
