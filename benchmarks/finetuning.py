@@ -70,10 +70,7 @@ def main() -> None:
     model_options(parser)
     options = parser.parse_args()
     model, title, suffix = chosen_model(options)
-    result: dict[str, Any] = {
-        "model": title,
-        "steps": options.steps,
-    }
+    result: dict[str, Any] = {"model": title, "steps": options.steps}
     for count in options.clients:
         with executor(model) as served:
             row = compare(str(model), served.unix, served.pid, count, options.steps, options.rounds)

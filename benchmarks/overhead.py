@@ -64,10 +64,7 @@ def main() -> None:
     options = parser.parse_args()
     threads = os.cpu_count() or 1
     model, title, suffix = chosen_model(options)
-    result: dict[str, Any] = {
-        "model": title,
-        "rounds": options.rounds,
-    }
+    result: dict[str, Any] = {"model": title, "rounds": options.rounds}
     with executor(model) as served:
         whole = Worker(str(model), threads=threads, passive=False).ready()
         for transport in options.transports:

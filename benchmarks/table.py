@@ -8,6 +8,7 @@ from typing import Any
 
 from harness import RESULTS, ROOT
 
+SUFFIXES = ("", "-bf16", "-1b", "-1b-bf16")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -23,9 +24,6 @@ def exactness() -> list[str]:
     names = [n for n in found if n not in ("commit", "date", "machine", "model")]
     worst = max(found[name] for name in names)
     return [f"| {', '.join(names)}: largest difference from the whole model | {worst:g} | |"]
-
-
-SUFFIXES = ("", "-bf16", "-1b", "-1b-bf16")
 
 
 def overhead(suffix: str) -> list[str]:
@@ -58,8 +56,11 @@ def main() -> None:
         *[row for suffix in SUFFIXES for row in shared(f"finetuning{suffix}", "fine-tuning job")],
         *[row for suffix in SUFFIXES for row in shared(f"decoding{suffix}", "decoder")],
     ]
-    facts = load("overhead")
-    where = f"Commit {facts['commit']}, {facts['date']}, {facts['machine']}."
+    where = "\n".join(
+        f"- {name}: commit {facts['commit']}, {facts['date']}, {facts['machine']}."
+        for name in ("overhead", "finetuning", "decoding")
+        if (facts := load(name))
+    )
     table = "\n".join(["| | ours against the peer | ratio |", "|---|---|---|", *rows])
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)

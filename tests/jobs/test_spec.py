@@ -49,6 +49,11 @@ def test_finetune_ranges(field: str, value: object) -> None:
         FinetuneSpec(**{**FINETUNE, field: value})
 
 
+def test_masked_products_are_not_verified() -> None:
+    with pytest.raises(ValueError, match="no check for masked products"):
+        GenerateSpec(**GENERATE, verify=0.1, privacy="masked-local")
+
+
 def test_resume_and_overwrite_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="resume and overwrite"):
         FinetuneSpec(**FINETUNE, resume=True, overwrite=True)

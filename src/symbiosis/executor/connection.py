@@ -12,8 +12,6 @@ import os
 import select
 import selectors
 import socket
-import time
-from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -21,6 +19,7 @@ import torch
 from symbiosis.errors import ConnectionLost, ProtocolError, SymbiosisError
 from symbiosis.executor.bounds import FREE_BYTES, Bounds, Progress, Reading, Taken
 from symbiosis.executor.ops import Plan
+from symbiosis.executor.outbox import Outbox
 from symbiosis.executor.ring import only_ring
 from symbiosis.executor.tenants import Account
 from symbiosis.transport.arena import ArenaUnfit, AttachedArena, receive_with_descriptors
@@ -84,7 +83,7 @@ class Connection:
         self._client: int | None = None
         self._descriptors: tuple[int, ...] = ()  # came with HELLO, not yet mapped
         self._arena: AttachedArena | None = None
-        self._outbox: deque[memoryview] = deque()
+        self._outbox = Outbox(accepted)
         self._in_flight = 0
         self._arriving = Taken()  # by an exchange that the engine does not know yet
         self._unsent_bytes = 0  # of the budget, by answers that are not sent yet
@@ -174,7 +173,7 @@ class Connection:
             parts = exchange_parts(Kind.RESULT, request, meta, specs, tensors)
             self._count(bytes_out=sum(map(len, parts)))
             self._send(parts)
-        if self._outbox:
+        if self._outbox.parts:
             self._unsent_bytes += taken.memory_bytes
         else:
             self._give_back(taken.memory_bytes)
@@ -193,7 +192,7 @@ class Connection:
             now_s,
             greeted=self._client is not None,
             reading=reading,
-            unsent=bool(self._outbox),
+            unsent=bool(self._outbox.parts),
             crowded=self._server.budget.crowded,
         )
         if reason is not None:
@@ -203,10 +202,7 @@ class Connection:
     def flush_until(self, until_s: float) -> None:
         """Give the client time to take its answers, before `fail`."""
         try:
-            while self._outbox and (left_s := until_s - time.monotonic()) > 0:
-                self.socket.settimeout(left_s)
-                self.socket.sendall(self._outbox.popleft())
-            self.socket.settimeout(0)
+            self._outbox.flush_until(until_s)
         except OSError:  # it has gone, or is too slow
             self.close()
 
@@ -226,7 +222,7 @@ class Connection:
         self.socket.close()
         self._drop_descriptors()
         self._arena = None
-        self._outbox.clear()
+        self._outbox.parts.clear()
         self._server.closed(self)
         self._abandon_arriving()
         self._give_back(self._unsent_bytes)
@@ -267,7 +263,7 @@ class Connection:
         """Handle the frames that are there, as long as their answers are taken."""
         self._held_back = False
         while not self._closed:
-            if self._outbox or self._in_flight >= MAX_IN_FLIGHT:
+            if self._outbox.parts or self._in_flight >= MAX_IN_FLIGHT:
                 self._held_back = True
                 self._server.leave_line(self)  # if it waits for memory, it must not hold up others
                 break
@@ -397,19 +393,20 @@ class Connection:
 
     def _request(self, frame: Frame) -> None:
         assert self._client is not None
-        engine = self._server.engine
+        engine, account = self._server.engine, self.account
         started_s = engine.clock()
         try:
             question = frame.json()
-            is_free = question.get("get") in _FREE_REQUESTS
-            if self.account is not None and not is_free:
-                self.account.begin(0, 0, started_s)
+            if question.get("get") in _FREE_REQUESTS:
+                account = None
+            if account is not None:
+                account.begin(0, 0, started_s)
             answer, payload = self._desk.answer(self._client, question)
         except SymbiosisError as error:
             self._send([error_frame(frame.request, error)])
             return
-        if not is_free:
-            engine.charge(self._client, engine.clock() - started_s)
+        if account is not None:
+            engine.charge(account, engine.clock() - started_s)
         head = json_frame(Kind.REPLY, frame.request, answer, len(payload))
         self._send([head, as_bytes(payload)])
 
@@ -422,51 +419,21 @@ class Connection:
     def _send(self, parts: list[bytes | memoryview]) -> None:
         if self._reader.checked:
             parts = checked(parts)
-        self._put(parts)
-
-    def _put(self, parts: list[bytes | memoryview]) -> None:
-        if self._outbox:
-            self._outbox.extend(map(memoryview, parts))
-            return
-        assert isinstance(self.socket, socket.socket)
-        try:
-            sent = self.socket.sendmsg(parts)
-        except BlockingIOError:
-            sent = 0
-        except OSError:  # the peer has gone; the next read says so
-            sent = sum(map(len, parts))
-        for part in parts:
-            if sent < len(part):
-                self._outbox.append(memoryview(part)[sent:])
-            sent = max(0, sent - len(part))
-        if self._outbox:
-            self._update_events()
-
-    def _flush_outbox(self) -> None:
-        while self._outbox:
-            try:
-                sent = self.socket.send(self._outbox[0])
-            except BlockingIOError:
-                break
-            self._progress.sent += sent
-            if sent == len(self._outbox[0]):
-                self._outbox.popleft()
-            else:
-                self._outbox[0] = self._outbox[0][sent:]
+        self._outbox.put(parts)  # whoever sends updates the events afterwards, or closes
 
     def _flush(self) -> None:
-        self._flush_outbox()
-        if self._unsent_bytes and not self._outbox:
+        self._progress.sent += self._outbox.flush()
+        if self._unsent_bytes and not self._outbox.parts:
             unsent_bytes, self._unsent_bytes = self._unsent_bytes, 0
             self._give_back(unsent_bytes)
-        if self._held_back and not self._outbox:
+        if self._held_back and not self._outbox.parts:
             self._server.resume(self)
         self._update_events()
 
     @property
     def _is_busy(self) -> bool:
         """Nothing is read from it for now."""
-        return bool(self._outbox) or self._held_back or self._in_flight >= MAX_IN_FLIGHT
+        return bool(self._outbox.parts) or self._held_back or self._in_flight >= MAX_IN_FLIGHT
 
     def _update_events(self) -> None:
         if self._closed:
@@ -477,6 +444,6 @@ class Connection:
             self._server.watch(self, events)
 
     def _wanted_events(self) -> int:
-        if self._outbox:
+        if self._outbox.parts:
             return selectors.EVENT_WRITE
         return 0 if self._is_busy else selectors.EVENT_READ

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from symbiosis.errors import ProtocolError
 from symbiosis.executor.connection import Connection, Desk
+from symbiosis.executor.outbox import EncryptedOutbox
 from symbiosis.transport.tls import TlsSocket, reason_of
 from symbiosis.wire.frames import error_frame
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_JOINED_BYTES = 1 << 16
-
 
 class EncryptedConnection(Connection):
     """One client behind a ``tls://`` address."""
@@ -24,12 +23,13 @@ class EncryptedConnection(Connection):
     def __init__(self, server: Server, accepted: TlsSocket, desk: Desk) -> None:
         super().__init__(server, accepted, "tls", desk)
         self._tls = accepted
+        self._outbox = EncryptedOutbox(accepted)
 
     def _go_on(self, events: int) -> None:
         if not self._tls.established:
             self._shake_hands()
         else:
-            if self._outbox:
+            if self._outbox.parts:
                 self._flush()
             self._read_on()
         self._update_events()
@@ -61,21 +61,6 @@ class EncryptedConnection(Connection):
 
     def _certificate_names(self) -> tuple[str, ...]:
         return self._tls.peer_names()
-
-    def _put(self, parts: list[bytes | memoryview]) -> None:
-        """Each send makes records of its own, so small parts go together."""
-        if not self._tls.established:  # nothing can be said yet
-            return
-        if sum(map(len, parts)) <= _JOINED_BYTES:
-            parts = [b"".join(parts)]
-        idle = not self._outbox
-        self._outbox.extend(memoryview(part) for part in parts if len(part))
-        if idle:
-            try:
-                self._flush_outbox()
-            except OSError:  # the peer has gone; the next read says so
-                self._outbox.clear()
-            self._update_events()
 
     def _wanted_events(self) -> int:
         return self._tls.waits_for or super()._wanted_events()

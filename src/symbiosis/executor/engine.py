@@ -104,12 +104,10 @@ class Engine:
         """Of the client's tenant; None if it has none."""
         return self._accounts.get(client)
 
-    def charge(self, client: int, elapsed_s: float) -> None:
-        """A client's tenant pays for time that went into something else than exchanges."""
+    def charge(self, account: Account, elapsed_s: float) -> None:
+        """A tenant pays for time that went into something else than exchanges."""
         with self._queue_lock:
-            account = self._accounts.get(client)
-            if account is not None:
-                account.spent(elapsed_s, self.clock())
+            account.spent(elapsed_s, self.clock())
 
     def admit(self, exchange: Exchange) -> ops.Plan:
         """Check an exchange whose payload has not been read; raises what is wrong with it."""

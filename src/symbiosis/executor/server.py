@@ -239,9 +239,10 @@ class Server:
             connection.answer(*answer)
         if self._guard is not None:
             self._look_after_tenants(self._guard)
-        resumable, self._resumable = self._resumable, set()
-        for connection in resumable:
-            connection.resume()
+        if self._resumable:
+            resumable, self._resumable = self._resumable, set()
+            for connection in resumable:
+                connection.resume()
         if self.engine.clock() - self._looked_at_s >= self._look_s:
             self._look_after_connections()
 

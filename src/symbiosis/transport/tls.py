@@ -129,7 +129,7 @@ def reason_of(error: BaseException) -> str:
 class TlsSocket:
     """An accepted connection under TLS that never blocks, used as a plain socket would be.
 
-    `recv_into` and `sendmsg` raise BlockingIOError where a plain socket would. ``waits_for`` is
+    `recv_into` and `send` raise BlockingIOError where a plain socket would. ``waits_for`` is
     what the TLS layer itself waits for (events of `selectors`), if that is not simply what the
     caller asked for: reading can need to write, and the other way round.
     """
