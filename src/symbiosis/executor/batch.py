@@ -12,6 +12,7 @@ import torch
 
 from symbiosis.executor import ops
 from symbiosis.executor.chain import as_rows
+from symbiosis.executor.few_rows import linear as linear_of_joined
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.exchange import RING_OPS, Exchange, Op
 
@@ -39,7 +40,7 @@ def compute(exchanges: list[Exchange], weights: Weights) -> list[tuple[torch.Ten
         return [tuple(ops.run(first, weights, first.tensors))]
     rows = [[_rows(exchange, x) for x in exchange.tensors] for exchange in exchanges]
     joined = tuple(torch.cat(column) for column in zip(*rows, strict=True))
-    outputs = ops.run(first._replace(place=None), weights, joined)
+    outputs = ops.run(first._replace(place=None), weights, joined, linear_of_joined)
     sizes = [row[0].shape[0] for row in rows]
     parts = [torch.split(output, sizes) for output in outputs]
     return [

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from symbiosis.errors import InvalidInput
+from symbiosis.executor.few_rows import Linear
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.chain import CASTS, Chain, Instruction, Step, unpack_chain
 from symbiosis.wire.exchange import NO_BIAS, Exchange
@@ -80,14 +81,17 @@ def check(exchange: Exchange, weights: Weights) -> int:
 
 
 def run(
-    exchange: Exchange, weights: Weights, inputs: tuple[torch.Tensor, ...]
+    exchange: Exchange,
+    weights: Weights,
+    inputs: tuple[torch.Tensor, ...],
+    linear: Linear,
 ) -> list[torch.Tensor]:
     """The outputs of a checked chain side by side, as one tensor (rows, sum of widths), for
-    ``inputs`` (its own tensors, or several clients' rows joined)."""
+    ``inputs`` (its own tensors, or several clients' rows joined); products by ``linear``."""
     chain: Chain = unpack_chain(exchange.params)
     values = [as_rows(x).to(weights.device) for x in inputs]
     for step in chain.steps:
-        values.append(_compute(step, values, exchange, weights))
+        values.append(_compute(step, values, exchange, weights, linear))
     return [torch.cat([values[output] for output in chain.outputs], 1)]
 
 
@@ -171,7 +175,11 @@ def _follow_product(step: Instruction, a: _Value, exchange: Exchange, weights: W
 
 
 def _compute(
-    step: Instruction, values: list[torch.Tensor], exchange: Exchange, weights: Weights
+    step: Instruction,
+    values: list[torch.Tensor],
+    exchange: Exchange,
+    weights: Weights,
+    linear: Linear,
 ) -> torch.Tensor:
     kind, a, b, c, number = step
     if kind in _BINARY:
@@ -183,7 +191,7 @@ def _compute(
     if kind is Step.VECTOR:
         return weights.vector(a)
     if kind in _PRODUCTS:
-        return _product(kind, values[a], exchange.weights[b], exchange.biases[b], weights)
+        return _product(kind, values[a], exchange.weights[b], exchange.biases[b], weights, linear)
     if kind is Step.CAST:
         return values[a].to(CASTS[b])
     x = values[a]
@@ -193,7 +201,12 @@ def _compute(
 
 
 def _product(
-    kind: Step, x: torch.Tensor, weight: int, bias_id: int, weights: Weights
+    kind: Step,
+    x: torch.Tensor,
+    weight: int,
+    bias_id: int,
+    weights: Weights,
+    linear: Linear,
 ) -> torch.Tensor:
     w = weights.view(weight, ())
     bias = None if bias_id == NO_BIAS else weights.vector(bias_id)
@@ -202,7 +215,7 @@ def _product(
     dtype = x.dtype
     x = x if dtype is w.dtype else x.to(w.dtype)
     if kind is Step.LINEAR:
-        y = F.linear(x, w, bias)
+        y = linear(x, w, bias)
     elif bias is None:
         y = torch.mm(x, w)
     else:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from symbiosis.errors import InvalidInput, ProtocolError
 from symbiosis.executor import chain, ring
+from symbiosis.executor.few_rows import Linear
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Exchange, Op
 from symbiosis.wire.tensors import ITEM_BYTES
@@ -68,22 +69,26 @@ def _check_chain(exchange: Exchange, weights: Weights) -> Plan:
 
 
 def run(
-    exchange: Exchange, weights: Weights, inputs: tuple[torch.Tensor, ...]
+    exchange: Exchange,
+    weights: Weights,
+    inputs: tuple[torch.Tensor, ...],
+    linear: Linear = F.linear,
 ) -> list[torch.Tensor]:
-    """Compute ``exchange`` on ``inputs`` (its own tensors, or several clients' rows joined).
+    """Compute ``exchange`` on ``inputs`` (its own tensors, or several clients' rows joined), its
+    linear products by ``linear``.
 
     One tensor per weight, in the input's dtype (the weight's for an embedding), contiguous; of
     a chain, one tensor with its outputs side by side.
     """
     if exchange.op is Op.CHAIN:
-        return chain.run(exchange, weights, inputs)
+        return chain.run(exchange, weights, inputs, linear)
     if exchange.op in RING_OPS:
         return ring.run(exchange, weights, inputs)
     results = []
     for number, (weight, bias_id) in enumerate(zip(exchange.weights, exchange.biases, strict=True)):
         w, bias = weights.view(weight, exchange.recipe), _bias(weights, bias_id)
         y = _run_in_place(exchange, number, w, bias, inputs[0])
-        results.append(_run_one(exchange, w, bias, inputs) if y is None else y)
+        results.append(_run_one(exchange, w, bias, inputs, linear) if y is None else y)
     return results
 
 
@@ -304,7 +309,11 @@ def _run_in_place(
 
 
 def _run_one(
-    exchange: Exchange, w: torch.Tensor, bias: torch.Tensor | None, inputs: tuple[torch.Tensor, ...]
+    exchange: Exchange,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    inputs: tuple[torch.Tensor, ...],
+    linear: Linear,
 ) -> torch.Tensor:
     x = inputs[0].to(w.device, non_blocking=True)
     if exchange.op is Op.EMBEDDING:
@@ -313,7 +322,7 @@ def _run_one(
     x = x.to(w.dtype)
     match exchange.op:
         case Op.LINEAR:
-            y = F.linear(x, w, bias)
+            y = linear(x, w, bias)
         case Op.MATMUL if bias is not None:
             y = x.new_empty(*x.shape[:-1], w.shape[1])
             torch.addmm(bias, x.reshape(-1, x.shape[-1]), w, out=y.view(-1, w.shape[1]))
