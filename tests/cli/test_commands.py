@@ -34,7 +34,7 @@ def test_the_whole_story(
     assert "parameters" in facts["weights"]
     assert facts["weights"].endswith("in float32")
     assert facts["device"] == "cpu"
-    assert facts["policy"] == "greedy, training share 0.3, fetch allow"
+    assert facts["policy"] == "align, training share 0.3, fetch allow"
 
     config = tmp_path / "peft.yaml"
     config.write_text("r: 2\nlora_alpha: 8\n")

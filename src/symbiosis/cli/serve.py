@@ -89,7 +89,7 @@ def serve(
             "greedy: what waits for the same weight goes together, nobody waits for anybody; "
             "lockstep: everybody waits for everybody; none: one by one."
         ),
-    ] = Policy.greedy,
+    ] = Policy.align,
     training_share: Annotated[
         float,
         typer.Option(

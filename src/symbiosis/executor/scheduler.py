@@ -96,7 +96,7 @@ class Scheduler:
 
     def __init__(
         self,
-        policy: Policy = "greedy",
+        policy: Policy = "align",
         *,
         max_rows: int = 8192,
         training_share: float = 0.2,
