@@ -139,6 +139,12 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+def answer_at_once() -> None:
+    """An executor's OpenMP threads stay awake for half a millisecond or so before they sleep: from
+    one product of a decoder to the next. Before torch is loaded; see decision 7."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def debugging() -> bool:
     """The user asked for tracebacks."""
     return os.environ.get("SYMBIOSIS_LOG", "").lower() == "debug"

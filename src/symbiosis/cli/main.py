@@ -12,6 +12,7 @@ from symbiosis.cli import admin, console, keys
 from symbiosis.cli.digest import digest
 from symbiosis.cli.finetune import finetune
 from symbiosis.cli.generate import generate
+from symbiosis.cli.place import place
 from symbiosis.cli.serve import serve
 from symbiosis.cli.status import status
 from symbiosis.errors import SymbiosisError
@@ -79,6 +80,10 @@ DIGEST_EXAMPLES = console.examples(
     "symbiosis digest ./my-llama",
     "symbiosis digest ./my-llama --dtype bfloat16 --quantize int8",
 )
+PLACE_EXAMPLES = console.examples(
+    "symbiosis place --base unix:///tmp/base.sock --context 32768",
+    "symbiosis place --base tcp://10.0.0.7:7420 --context 8192 --batch 4 --adapter ./my-adapter",
+)
 STATUS_EXAMPLES = console.examples(
     "symbiosis status --base unix:///tmp/base.sock",
     "symbiosis status --base unix:///tmp/base.sock --once --json",
@@ -92,6 +97,7 @@ app.command(epilog=GENERATE_EXAMPLES, no_args_is_help=True, help=console.help_of
     generate
 )
 app.command(epilog=STATUS_EXAMPLES)(status)
+app.command(epilog=PLACE_EXAMPLES, no_args_is_help=True, help=console.help_of(place))(place)
 app.add_typer(keys.app, name="keys")
 app.add_typer(admin.app, name="admin")
 app.command(epilog=DIGEST_EXAMPLES, no_args_is_help=True, help=console.help_of(digest))(digest)

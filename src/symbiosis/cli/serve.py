@@ -175,6 +175,7 @@ def serve(
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
+    console.answer_at_once()
     console.quiet_libraries()
     from symbiosis.executor.bounds import Bounds
     from symbiosis.executor.executor import Executor
