@@ -41,12 +41,17 @@ SOAK ?= --minutes 5
 soak: setup  ## clients of all kinds come and go, some die, so does the executor; SOAK="--hours 8"
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -W ignore -m tests.soak $(SOAK)
 
-bench: setup  ## the figures of the README; about 25 minutes on 2 cores
+bench: setup  ## the figures of the README and of docs/decisions; about an hour on 2 cores
 	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/finetuning.py
 	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/finetuning.py --from-bf16
+	$(BIN)/python benchmarks/decoding.py --from-bf16
 	$(BIN)/python benchmarks/exchange.py
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python benchmarks/few_rows.py
+	$(BIN)/python benchmarks/placement.py
 	$(BIN)/python benchmarks/policies.py
 	$(BIN)/python benchmarks/quantized.py
 	$(BIN)/python benchmarks/privacy.py

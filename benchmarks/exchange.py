@@ -25,7 +25,7 @@ from harness import LLAMA_110M, executor, make_model, save
 
 SIZES = {"8 KB": 8 << 10, "64 KB": 64 << 10, "1 MB": 1 << 20, "8 MB": 8 << 20}
 _FEATURES = 64
-_TINY = {
+TINY = {
     **LLAMA_110M,
     "vocab_size": 256,
     "hidden_size": _FEATURES,
@@ -127,7 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {"weight": f"{_FEATURES} × {_FEATURES}, fp32"}
-    model = make_model("llama-tiny", _TINY)
+    model = make_model("llama-tiny", TINY)
     with bare_peer() as bare, executor(model) as served:
         makers = {"bare": bare}
         for name, url, place in (

@@ -2,7 +2,8 @@
 
 Each job trains its own LoRA (r = 16, all linear layers) with AdamW on batches of 2 × 256 tokens.
 Peer: the same code with the whole model in each process. Memory is the peak of the proportional
-set size over all processes, executor included.
+set size over all processes, executor included. Each side has the threads that suit it: whole
+models share the cores between them; a client may use them all, for most of the time it waits.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ from typing import Any
 from harness import Sample, Worker, chosen_model, executor, model_options, peak_pss, save
 
 
-def run_jobs(workers: list[Worker], extra_pids: list[int], steps: int) -> tuple[float, int]:
+def run_jobs(
+    workers: list[Worker], extra_pids: list[int], steps: int, batch: int = 2, context: int = 256
+) -> tuple[float, int]:
     """All jobs at once: total tokens/s over the time until the last is done, and peak PSS."""
-    unit = {"do": "train", "steps": steps, "batch": 2, "context": 256}
+    unit = {"do": "train", "steps": steps, "batch": batch, "context": context}
     with peak_pss([*(worker.pid for worker in workers), *extra_pids]) as peak:
         for worker in workers:
             worker.start(**unit)
         slowest_s = max(worker.finish()["elapsed_s"] for worker in workers)
-    return len(workers) * steps * 2 * 256 / slowest_s, peak()
+    return len(workers) * steps * batch * context / slowest_s, peak()
 
 
-def jobs(source: str, count: int, threads: int) -> list[Worker]:
+def jobs(source: str, count: int, threads: int, checkpointing: bool = False) -> list[Worker]:
     """``count`` workers with an adapter each, ready to train."""
     workers = [Worker(source, threads=threads, passive=True, seed=i) for i in range(count)]
     for worker in workers:
-        worker.ready().run(do="adapt", method="lora")
+        worker.ready().run(do="adapt", method="lora", checkpointing=checkpointing)
     return workers
 
 
@@ -36,11 +39,12 @@ def compare(model: str, url: str, executor_pid: int, count: int, steps: int, rou
     """Both sides in turn; beyond four jobs one after the other, for both would not fit."""
     sides = {"split": (url, [executor_pid]), "separate": (model, [])}
     at_once = [["split", "separate"]] if count <= 4 else [["split"], ["separate"]]
-    threads = max(1, (os.cpu_count() or 1) // count)
+    cores = os.cpu_count() or 1
+    threads = {"split": cores, "separate": max(1, cores // count)}
     speed: dict[str, list[float]] = {name: [] for name in sides}
     memory = dict.fromkeys(sides, 0)
     for names in at_once:
-        workers = {name: jobs(sides[name][0], count, threads) for name in names}
+        workers = {name: jobs(sides[name][0], count, threads[name]) for name in names}
         for round_number in range(rounds + 1):
             for name in names:
                 rate, peak = run_jobs(workers[name], sides[name][1], steps)

@@ -46,9 +46,12 @@ class Work:
         self._model.eval()
         self._vocabulary = self._model.config.vocab_size
 
-    def adapt(self, method: str) -> dict[str, Any]:
+    def adapt(self, method: str, checkpointing: bool = False) -> dict[str, Any]:
         """Wrap the model with an adapter and an optimizer."""
         self._model.requires_grad_(False)
+        if checkpointing:
+            self._model.enable_input_require_grads()
+            self._model.gradient_checkpointing_enable({"use_reentrant": False})
         self._adapted = get_peft_model(self._model, METHODS[method]())
         trainable = [p for p in self._adapted.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(trainable, 1e-4)
