@@ -8,9 +8,12 @@ length.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as the commands do, before torch is loaded
 
 import torch
 
