@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import peft
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import symbiosis
 from command_line import Outcome, Served, finish, run, serve, start
 from symbiosis.jobs import finetune
+from symbiosis.jobs.record import Progress, RunFolder
 from symbiosis.jobs.spec import FinetuneSpec
 
 Call = Callable[..., Outcome]
@@ -129,6 +131,36 @@ def test_ctrl_c_and_resume(served: Served, train_file: Path, tmp_path: Path, cal
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("swallowed", [True, False], ids=["swallowed", "another error"])
+def test_an_interrupt_is_not_lost(
+    served: Served,
+    train_file: Path,
+    tmp_path: Path,
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    swallowed: bool,
+) -> None:
+    """One that comes within a finaliser is swallowed, within some libraries it is another error."""
+    append = RunFolder.append
+
+    def interrupted(self: RunFolder, record: Progress) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        except KeyboardInterrupt:
+            if not swallowed:
+                raise RuntimeError("unexpected position in a file") from None
+        append(self, record)
+
+    monkeypatch.setattr(RunFolder, "append", interrupted)
+    outcome = call(
+        "finetune", "--base", served.unix, "--data", train_file, "--out", tmp_path / "out",
+        "--steps", 5, "--batch-size", 1,
+    )  # fmt: skip
+    assert outcome.code == 130, outcome
+    assert "--resume" in outcome.err
 
 
 def test_sigterm_ends_a_server_in_order(model_folder: Path, tmp_path: Path, call: Call) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +15,7 @@ from symbiosis.jobs.spec import SCHEDULERS, FinetuneSpec
 
 if TYPE_CHECKING:
     from symbiosis.jobs.finetune import Report
+    from symbiosis.jobs.record import Progress
 
 
 def finetune(
@@ -149,10 +152,19 @@ def _run(
     from symbiosis.jobs import finetune as job
 
     console.set_threads(threads)
+    interrupted = _noticed_interrupts()
+
+    def tell(progress: Progress) -> None:
+        show(progress)
+        if interrupted:
+            raise KeyboardInterrupt
+
     try:
-        with progress_of(spec.name or spec.out.name) as on_event:
-            report = job.run(spec, on_event, key=allowed.key, tls=allowed.tls)
-    except KeyboardInterrupt:
+        with progress_of(spec.name or spec.out.name) as show:
+            report = job.run(spec, tell, key=allowed.key, tls=allowed.tls)
+    except (KeyboardInterrupt, Exception) as error:
+        if not interrupted and not isinstance(error, KeyboardInterrupt):
+            raise
         typer.echo(f"interrupted; the same command with --resume goes on: {spec.out}", err=True)
         raise typer.Exit(130) from None
     typer.echo(_summary(report, spec.out))
@@ -178,3 +190,16 @@ def _perplexities(before: float | None, after: float | None) -> str:
     if before is None or after is None:
         return ""
     return f", perplexity {before:.2f} → {after:.2f}"
+
+
+def _noticed_interrupts() -> list[int]:
+    """Fills with every SIGINT from now on. A KeyboardInterrupt may be swallowed (in a finaliser) or
+    come out as another error (in the middle of a file), and is not to be lost."""
+    noticed: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        noticed.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    return noticed
