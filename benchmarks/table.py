@@ -58,8 +58,9 @@ def main() -> None:
     ]
     where = "\n".join(
         f"- {name}: commit {facts['commit']}, {facts['date']}, {facts['machine']}."
-        for name in ("overhead", "finetuning", "decoding")
-        if (facts := load(name))
+        for kind in ("overhead", "finetuning", "decoding")
+        for suffix in SUFFIXES
+        if (facts := load(name := kind + suffix))
     )
     table = "\n".join(["| | ours against the peer | ratio |", "|---|---|---|", *rows])
     readme = ROOT / "README.md"
