@@ -11,6 +11,7 @@ The limit: (budget - base) / job against budget / (base + job).
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from finetuning import jobs, run_jobs
@@ -21,7 +22,8 @@ def measure(
     source: str, pids: list[int], count: int, batch: int, context: int
 ) -> tuple[float, int]:
     """``count`` jobs at once, one step each: total tokens/s, and peak memory."""
-    workers = jobs(source, count, threads=max(1, 2 // count), checkpointing=True)
+    threads = max(1, (os.cpu_count() or 1) // count)
+    workers = jobs(source, count, threads, checkpointing=True)
     try:
         return run_jobs(workers, pids, steps=1, batch=batch, context=context)
     finally:

@@ -20,7 +20,7 @@ import torch
 import symbiosis
 from harness import Sample, chosen_model, executor, model_options, save
 from symbiosis.client.session import Session
-from symbiosis.jobs.measuring import measure
+from symbiosis.jobs.measuring import host_free_bytes, measure
 from symbiosis.jobs.placement import options as placements
 
 TOKENS = 12
@@ -50,7 +50,8 @@ def compare(base: Session, contexts: list[int], rounds: int) -> dict[str, Any]:
         for context in contexts:
             taken_s = decoded_s(model, context)
             if round_number:  # the first warms up
-                predicted[context].append(placements(layers, [place], context)[0].token_s)
+                (only,) = placements(layers, [place], context, host_free_bytes=host_free_bytes())
+                predicted[context].append(only.token_s)
                 measured[context].append(taken_s)
     rows = {}
     for context in contexts:

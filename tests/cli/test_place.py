@@ -27,9 +27,7 @@ def test_the_command(call: Call, served: Served) -> None:
     assert missing.code == 2 and "there is no cuda:99 here" in missing.err
 
 
-def test_an_adapter_goes_along_and_a_folder_without_one_is_named(
-    call: Call, served: Served, tmp_path: Path
-) -> None:
+def test_a_folder_without_an_adapter_is_named(call: Call, served: Served, tmp_path: Path) -> None:
     outcome = call(
         "place", "--base", served.unix, "--context", 100, "--adapter", tmp_path / "nothing"
     )

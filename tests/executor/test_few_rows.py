@@ -3,6 +3,8 @@ in place of it for a client alone."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +32,22 @@ def test_it_is_linear(w: torch.Tensor, rows: int, with_bias: bool) -> None:
     found = few_rows.linear(x, w, bias)
     assert found.is_contiguous() and found.dtype is torch.float32
     torch.testing.assert_close(found, F.linear(x, w, bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not few_rows._AVAILABLE, reason="this torch has not both kernels")
+@pytest.mark.parametrize("rows, takes_it", [(3, False), (4, True), (32, True), (33, False)])
+def test_which_kernel_computes(
+    w: torch.Tensor, monkeypatch: pytest.MonkeyPatch, rows: int, takes_it: bool
+) -> None:
+    others = []
+
+    def seen(*args: torch.Tensor) -> torch.Tensor:
+        others.append(args)
+        return F.linear(*args)
+
+    monkeypatch.setattr(few_rows, "F", SimpleNamespace(linear=seen))
+    few_rows.linear(torch.randn(rows, IN), w, None)
+    assert len(others) == (0 if takes_it else 1)
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,8 @@ def share_cores() -> None:
 
 
 def answer_at_once() -> None:
-    """An executor's OpenMP threads stay awake for half a millisecond or so before they sleep: from
-    one product of a decoder to the next. Before torch is loaded; see decision 7."""
+    """An executor's OpenMP threads stay awake for some 0.4 ms before they sleep: from one product
+    of a decoder to the next. Before torch is loaded; see decision 7."""
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 

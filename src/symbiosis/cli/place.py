@@ -15,14 +15,6 @@ from symbiosis.cli.access import KeyFile, TlsCa, TlsCert, TlsKey, access
 if TYPE_CHECKING:
     from symbiosis.jobs.placement import Option
 
-_BOUNDS = {
-    "executor": "executor",
-    "wire": "way to it",
-    "client": "own layers",
-    "cache": "reading cache",
-    "link": "copying cache",
-}
-
 
 def place(
     base: console.Base,
@@ -55,7 +47,7 @@ def place(
     """
     console.quiet_libraries()
     import symbiosis
-    from symbiosis.jobs.measuring import devices, measure
+    from symbiosis.jobs.measuring import devices, host_free_bytes, measure
     from symbiosis.jobs.placement import options
 
     known = devices()
@@ -65,10 +57,13 @@ def place(
     key, tls = access(key_file, tls_ca, tls_cert, tls_key)
     with symbiosis.connect(base, name="place", key=key, tls=tls) as session:
         measured = [measure(session, n, batch=batch, adapter=adapter) for n in device or known]
-    layers = measured[0][0]
-    found = options(layers, [place for _, place in measured], context, batch)
+    layers, places = measured[0][0], [place for _, place in measured]
+    found = options(layers, places, context, batch, host_free_bytes=host_free_bytes())
     if as_json:
-        rows = [{**dataclasses.asdict(o), "fits": o.fits} for o in found]
+        rows = [
+            {**dataclasses.asdict(o), "token_s": o.token_s, "bound": o.bound, "fits": o.fits}
+            for o in found
+        ]
         typer.echo(json.dumps({"context": context, "batch": batch, "options": rows}))
     else:
         _show(found, context, batch)
@@ -85,12 +80,12 @@ def _show(found: list[Option], context: int, batch: int) -> None:
     for option in found:
         table.add_row(
             option.device,
-            _cache_in(option),
+            option.cache,
             f"{1e3 * option.token_s:.1f}",
             f"{batch / option.token_s:.1f}",
             console.size(option.cache_bytes),
             console.size(option.free_bytes),
-            _BOUNDS[option.bound] if option.fits else "does not fit",
+            option.bound if option.fits else "does not fit",
         )
     out = Console()
     out.print(table)
@@ -101,12 +96,5 @@ def _show(found: list[Option], context: int, batch: int) -> None:
             f"use a shorter context, fewer sequences, a quantised cache, or another host."
         )
         return
-    offloaded = best.cache == "host"
-    how = f'generate(cache_implementation="{"offloaded" if offloaded else "dynamic"}")'
-    out.print(
-        f"For {context:,} tokens: base.model(device={best.device!r}) with {how}.", highlight=False
-    )
-
-
-def _cache_in(option: Option) -> str:
-    return "host" if option.device == "cpu" or option.cache == "host" else "device"
+    how = " and generate(cache_implementation='offloaded')" if best.cache == "host" else ""
+    out.print(f"For {context:,} tokens: base.model(device={best.device!r}){how}.", highlight=False)

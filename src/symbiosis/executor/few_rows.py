@@ -1,8 +1,7 @@
 """A kernel for the products of several decoders' rows with one large weight.
 
-MKL's fp32 product takes one to three rows at the speed of memory, and needs two to three times as
-long for four to sixteen: it copies the weight into another layout first, every time. oneDNN's does
-not, on the same weight. Measured in docs/decisions/0017-few-rows.md.
+MKL's fp32 product takes one to three rows in the time of one, and needs two to three times as long
+for four to sixteen. oneDNN's, on the same weight, has no such step; see decision 17.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import psutil
 import torch
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
     from symbiosis.client.session import Session
 
-SHORT = 16
-"""Tokens of context with which a token counts as one without."""
+_SHORT = 16  # tokens of context: a token with so few counts as one without
 _WARM_UP = 8  # until chains are learned
 _TOKENS = 8  # that are timed
 _UPLOAD_BYTES = 256 << 20
@@ -35,7 +34,8 @@ def devices() -> list[str]:
 def measure(
     base: Session, device: str, *, long: int = 2048, batch: int = 1, adapter: Path | None = None
 ) -> tuple[list[CacheLayer], Place]:
-    """Decode some tokens with a short cache and with one of ``long`` tokens of repeated entries.
+    """Decode some tokens with a short cache, and with one of ``long`` tokens of repeated entries
+    (or as many as the model has positions for).
 
     ``adapter`` is a PEFT folder to decode with. Takes as long as some twenty-five tokens. Raises
     ModelError if the model keeps no cache of keys and values, and what connecting raises.
@@ -43,7 +43,7 @@ def measure(
     model = base.model(device=device) if adapter is None else load_adapter(base, adapter, device)
     model.eval()
     with torch.no_grad():
-        ids = torch.randint(0, int(model.config.get_text_config().vocab_size), (batch, SHORT))
+        ids = torch.randint(0, int(model.config.get_text_config().vocab_size), (batch, _SHORT))
         past = getattr(model(ids.to(device), use_cache=True), "past_key_values", None)
         layers = [_layer(layer, batch) for layer in getattr(past, "layers", ())]
         if past is None or not any(layer.bytes_per_token for layer in layers):
@@ -51,43 +51,56 @@ def measure(
                 f"{base.welcome['model']} keeps no cache of keys and values that grows with the "
                 f"context: wherever its client runs, a longer context costs nothing more"
             )
-        _decode(model, past, batch, _WARM_UP)
-        before = base.stats()
-        short_s = _decode(model, past, batch, _TOKENS)
-        after = base.stats()
+        _decode(base, model, past, batch, _WARM_UP)
+        short = _decode(base, model, past, batch, _TOKENS)
         at_short = _bytes(past)
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or long
-        _lengthen(past, min(long, most - 4 * _TOKENS))
-        _decode(model, past, batch, 2)
-        long_s = _decode(model, past, batch, _TOKENS)
+        _lengthen(past, min(long, most - 2 * _TOKENS))
+        _decode(base, model, past, batch, 2)
+        longer = _decode(base, model, past, batch, _TOKENS)
         grown = _bytes(past) - at_short
-    executor_s = (after.compute_s + after.queue_s - before.compute_s - before.queue_s) / _TOKENS
-    waited_s = (after.wait_s - before.wait_s) / _TOKENS
-    # What a small cache costs cannot be seen beside the noise.
-    rate = grown / max(long_s - short_s, 0.02 * short_s) if grown else math.inf
+    # What a small cache costs cannot be seen beside the noise; one that is full does not grow.
+    slower_s = max(longer.token_s - short.token_s, 0.02 * short.token_s)
+    rate = grown / slower_s if grown else math.inf
     place = Place(
         device,
-        executor_s=executor_s,
-        wire_s=max(0.0, waited_s - executor_s),
-        client_s=max(0.0, short_s - waited_s),
+        executor_s=short.executor_s,
+        wire_s=short.wire_s,
+        client_s=short.client_s,
         cache_bytes_per_s=rate,
-        free_bytes=_free_bytes(device),
+        free_bytes=host_free_bytes() if device == "cpu" else torch.cuda.mem_get_info(device)[0],
         upload_bytes_per_s=None if device == "cpu" else _upload_bytes_per_s(device),
     )
     return layers, place
 
 
-def _decode(model: PreTrainedModel, past: Cache, batch: int, tokens: int) -> float:
-    """The median time of a token."""
-    times = []
+def host_free_bytes() -> int:
+    """What the host would give to a cache."""
+    return int(psutil.virtual_memory().available)
+
+
+class _Token(NamedTuple):
+    """Where a token's time went; medians."""
+
+    token_s: float
+    executor_s: float
+    wire_s: float
+    client_s: float
+
+
+def _decode(base: Session, model: PreTrainedModel, past: Cache, batch: int, count: int) -> _Token:
+    tokens = []
     token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
-    for _ in range(tokens):
-        started_s = time.perf_counter()
+    for _ in range(count):
+        before, started_s = base.stats(), time.perf_counter()
         logits = model(token, past_key_values=past, use_cache=True).logits
         token = logits[:, -1:].argmax(-1)
         token.cpu()  # on a GPU: until it is there
-        times.append(time.perf_counter() - started_s)
-    return statistics.median(times)
+        token_s, after = time.perf_counter() - started_s, base.stats()
+        waited_s = after.wait_s - before.wait_s
+        executor_s = after.compute_s + after.queue_s - before.compute_s - before.queue_s
+        tokens.append(_Token(token_s, executor_s, waited_s - executor_s, token_s - waited_s))
+    return _Token(*map(statistics.median, zip(*tokens, strict=True)))
 
 
 def _grows(layer: Any) -> bool:
@@ -108,18 +121,15 @@ def _bytes(past: Cache) -> int:
 
 
 def _lengthen(past: Cache, tokens: int) -> None:
-    """Repeat what is cached; a layer with a window keeps it as it is."""
-    for layer in past.layers:
-        if _grows(layer) and getattr(layer, "sliding_window", None) is None:
-            times = max(1, tokens // layer.keys.shape[-2])
-            layer.keys = layer.keys.repeat(1, 1, times, 1)
-            layer.values = layer.values.repeat(1, 1, times, 1)
-
-
-def _free_bytes(device: str) -> int:
-    if device == "cpu":
-        return int(psutil.virtual_memory().available)
-    return torch.cuda.mem_get_info(device)[0]
+    """Repeat what is cached; a layer with a window keeps the end of it."""
+    more = tokens - past.get_seq_length()
+    for number, layer in enumerate(past.layers if more > 0 else ()):
+        if _grows(layer):
+            times = math.ceil(more / layer.keys.shape[-2])
+            keys, values = (
+                x.repeat(1, 1, times, 1)[:, :, :more] for x in (layer.keys, layer.values)
+            )
+            past.update(keys, values, number)
 
 
 def _upload_bytes_per_s(device: str) -> float:

@@ -50,11 +50,6 @@ class Place:
     upload_bytes_per_s: float | None = None
     """From host memory into it; None where the two are one."""
 
-    @property
-    def token_s(self) -> float:
-        """A token with a short context."""
-        return self.executor_s + self.wire_s + self.client_s
-
 
 @dataclass(frozen=True)
 class Option:
@@ -62,12 +57,23 @@ class Option:
 
     device: str
     cache: Literal["device", "host"]
-    token_s: float
     cache_bytes: int
     free_bytes: int
     """Where the cache would lie."""
-    bound: Bound
-    """What takes most of the token."""
+    parts_s: dict[Bound, float]
+    """Of a token."""
+
+    @property
+    def token_s(self) -> float:
+        """An offloaded cache is copied layer by layer while the layer before computes: the slower
+        of the two counts."""
+        copied_s = self.parts_s.get("link", 0.0)
+        return max(sum(self.parts_s.values()) - copied_s, copied_s)
+
+    @property
+    def bound(self) -> Bound:
+        """What takes most of the token."""
+        return max(self.parts_s, key=lambda part: self.parts_s[part])
 
     @property
     def fits(self) -> bool:
@@ -75,40 +81,28 @@ class Option:
 
 
 def options(
-    layers: Sequence[CacheLayer], places: Sequence[Place], context: int, batch: int = 1
+    layers: Sequence[CacheLayer],
+    places: Sequence[Place],
+    context: int,
+    batch: int = 1,
+    *,
+    host_free_bytes: int,
 ) -> list[Option]:
     """All ways, the best first: those whose cache fits, by the time that a step of ``batch`` tokens
-    takes, one of each sequence. ``places`` are measured with that batch; the host's is ``cpu``.
-
-    An offloaded cache is copied layer by layer while the layer before computes: the slower of the
-    two counts.
+    takes, one of each sequence. ``places`` are measured with that batch; ``host_free_bytes`` is
+    for caches in host memory under a client on a GPU.
     """
     needed = cache_bytes(layers, context, batch)
-    host_bytes = next((p.free_bytes for p in places if p.device == "cpu"), 0)
     found = []
     for place in places:
-        read_s = needed / place.cache_bytes_per_s
-        parts: dict[Bound, float] = {
+        parts_s: dict[Bound, float] = {
             "executor": place.executor_s,
             "wire": place.wire_s,
             "client": place.client_s,
-            "cache": read_s,
+            "cache": needed / place.cache_bytes_per_s,
         }
-        found.append(_option(place, "device", sum(parts.values()), needed, place.free_bytes, parts))
+        found.append(Option(place.device, "device", needed, place.free_bytes, parts_s))
         if place.upload_bytes_per_s is not None:
-            copied_s = needed / place.upload_bytes_per_s
-            slower_s = max(sum(parts.values()), copied_s)
-            parts["link"] = copied_s
-            found.append(_option(place, "host", slower_s, needed, host_bytes, parts))
+            offloaded_s = {**parts_s, "link": needed / place.upload_bytes_per_s}
+            found.append(Option(place.device, "host", needed, host_free_bytes, offloaded_s))
     return sorted(found, key=lambda option: (not option.fits, option.token_s))
-
-
-def _option(
-    place: Place,
-    cache: Literal["device", "host"],
-    token_s: float,
-    needed: int,
-    free: int,
-    parts: dict[Bound, float],
-) -> Option:
-    return Option(place.device, cache, token_s, needed, free, max(parts, key=lambda p: parts[p]))
