@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import subprocess
 import sys
@@ -10,13 +11,14 @@ import threading
 from pathlib import Path
 
 COMMAND = (sys.executable, "-m", "symbiosis.cli.main")
+_numbers = itertools.count(1)
 
 
 class Base:
     """``symbiosis serve`` on one UNIX socket."""
 
     def __init__(self, model: Path, folder: Path, *options: object) -> None:
-        self.url = f"unix://{folder}/base-{id(self)}.sock"
+        self.url = f"unix://{folder}/base-{next(_numbers)}.sock"
         self._args = ["serve", model, "--listen", self.url, "--threads", 1, *options]
         self.start()
 

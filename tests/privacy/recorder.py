@@ -7,6 +7,7 @@ the executor's operator holds: the attacks work on nothing else.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import threading
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from symbiosis.wire.exchange import Exchange, unpack_exchange, unpack_result
 from symbiosis.wire.frames import Frame, FrameReader, Json, Kind, Limits
 from symbiosis.wire.tensors import from_payload
 
+_numbers = itertools.count(1)
 _LIMITS = Limits(meta_bytes=1 << 28, payload_bytes=1 << 32)
 
 
@@ -39,7 +41,7 @@ class Recorder:
     """
 
     def __init__(self, folder: Path, upstream: str) -> None:
-        path = folder / f"recorder-{id(self)}.sock"
+        path = folder / f"recorder-{next(_numbers)}.sock"
         self.url = f"unix://{path}"
         self.seen: list[Seen] = []
         self.asked: list[Exchange] = []  # answered or not
