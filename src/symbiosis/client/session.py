@@ -359,7 +359,7 @@ class Session:
         if self._verifier is not None and op is not Op.CHAIN:
             self._verifier.exchange(op, weights, biases, recipe, tensors[0], result.tensors)
         device = tensors[0].device
-        if device.type == "cpu":
+        if result.tensors[0].device == device:
             return result.tensors
         return tuple(tensor.to(device) for tensor in result.tensors)
 

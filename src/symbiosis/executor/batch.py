@@ -39,13 +39,20 @@ def compute(exchanges: list[Exchange], weights: Weights) -> list[tuple[torch.Ten
     if len(exchanges) == 1:
         return [tuple(ops.run(first, weights, first.tensors))]
     rows = [[_rows(exchange, x) for x in exchange.tensors] for exchange in exchanges]
-    joined = tuple(torch.cat(column) for column in zip(*rows, strict=True))
+    joined = tuple(_cat(column, weights.device) for column in zip(*rows, strict=True))
     outputs = ops.run(first._replace(place=None), weights, joined, linear_of_joined)
     sizes = [row[0].shape[0] for row in rows]
     parts = [torch.split(output, sizes) for output in outputs]
     return [
         tuple(_shaped(part[i], exchange) for part in parts) for i, exchange in enumerate(exchanges)
     ]
+
+
+def _cat(rows: tuple[torch.Tensor, ...], device: torch.device) -> torch.Tensor:
+    """Several clients' rows, which need not lie on one device: then on the weights' ``device``."""
+    if any(x.device != rows[0].device for x in rows):
+        rows = tuple(x.to(device) for x in rows)
+    return torch.cat(rows)
 
 
 def _rows(exchange: Exchange, x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,602 @@
+"""All that a GPU is asked to show, checked and measured in one call.
+
+``python benchmarks/gpu/run.py`` downloads nothing: the models are random. Parts:
+``check`` (split against whole, the same numbers), ``exchange`` (its price in process, and between
+processes with and without MPS), ``jobs`` (Llama-2-13B: how many fine-tuning jobs fit), ``many``
+(20 Gemma-2-27B adapters trained at once), ``decode`` (1, 4 and 16 clients against HF eager) and
+``context`` (a client whose cache and attention are in host memory, against HF's offloaded cache).
+A part that fails says why and does not stop the others. Every figure stands beside its physical
+limit, from the bandwidth and the arithmetic that this device showed in the same call.
+
+``--device cpu --stand-in`` runs every part with tiny models, for a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gc
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded
+_ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(_ROOT / "src"), str(_ROOT / "benchmarks")]
+
+import psutil  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+import symbiosis  # noqa: E402
+from exchange import TINY  # noqa: E402
+from harness import LLAMA_110M, executor, make_model, save  # noqa: E402
+from symbiosis.executor.executor import Executor  # noqa: E402
+from worker import METHODS  # noqa: E402
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: the models, and how much of each kind of work."""
+
+    llama: PreTrainedConfig
+    gemma: PreTrainedConfig
+    batch: int = 2
+    sequence: int = 512
+    jobs: int = 4
+    adapters: int = 20
+    clients: tuple[int, ...] = (1, 4, 16)
+    tokens: int = 32
+    contexts: tuple[int, ...] = (4096, 32768)
+    checked: dict[str, Any] = field(default_factory=lambda: LLAMA_110M)
+
+
+def full_sizes() -> Sizes:
+    """The published shapes of Llama-2-13B (26 GB in bf16) and Gemma-2-27B (54 GB)."""
+    llama = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+        max_position_embeddings=65536,
+    )
+    gemma = Gemma2Config(
+        vocab_size=256000,
+        hidden_size=4608,
+        intermediate_size=36864,
+        num_hidden_layers=46,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        query_pre_attn_scalar=144,
+    )
+    return Sizes(llama, gemma)
+
+
+def stand_in_sizes() -> Sizes:
+    """Everything, small enough for a test on two CPU cores."""
+    shape = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+    }
+    return Sizes(
+        LlamaConfig(**shape),
+        Gemma2Config(**shape, head_dim=8),
+        sequence=16,
+        jobs=2,
+        adapters=3,
+        clients=(1, 2),
+        tokens=4,
+        contexts=(64,),
+        checked=TINY,
+    )
+
+
+class Bench:
+    """The device, its limits, and the parts; each part returns what goes into the results."""
+
+    def __init__(self, device: str, sizes: Sizes) -> None:
+        self.device = torch.device(device)
+        self.sizes = sizes
+        self.bandwidth = self._bandwidth()  # bytes/s, read and written
+        self.flops = self._flops()  # bf16 products
+
+    # The device
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def memory(self) -> int:
+        """The peak since `forget_peak`; without a GPU what the process has now."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return int(psutil.Process().memory_info().rss)
+
+    def forget_peak(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def total_memory(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return int(psutil.virtual_memory().total)
+
+    def describe(self) -> dict[str, Any]:
+        cuda = self.device.type == "cuda"
+        return {
+            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu (a stand-in)",
+            "torch": torch.__version__,
+            "memory_gib": self.total_memory() / GIB,
+            "bandwidth_gb_per_s": self.bandwidth / 1e9,
+            "bf16_tflops": self.flops / 1e12,
+        }
+
+    def _best_s(self, once: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(5):
+            self.synchronize()
+            started_s = time.perf_counter()
+            once()
+            self.synchronize()
+            times.append(time.perf_counter() - started_s)
+        return min(times)
+
+    def _bandwidth(self) -> float:
+        size = GIB if self.device.type == "cuda" else GIB // 16
+        a = torch.ones(size, dtype=torch.uint8, device=self.device)
+        b = torch.empty_like(a)
+        return 2 * size / self._best_s(lambda: b.copy_(a))
+
+    def _flops(self) -> float:
+        n = 8192 if self.device.type == "cuda" else 512
+        a = torch.ones(n, n, dtype=torch.bfloat16, device=self.device)
+        return 2 * n**3 / self._best_s(lambda: a @ a)
+
+    def made(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        """A model with random weights, made where it will be."""
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return model.requires_grad_(False).eval()
+
+    def ids(self, config: PreTrainedConfig, batch: int, length: int) -> torch.Tensor:
+        return torch.randint(1, config.vocab_size, (batch, length), device=self.device)
+
+    # The parts
+
+    def check(self) -> dict[str, Any]:
+        """Split against whole in fp32, in process and between processes: the largest difference of
+        logits, loss and LoRA gradients, and whether generated tokens are equal."""
+        folder = make_model("llama-gpu-check" + _name(self.sizes.checked), self.sizes.checked)
+        whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device)
+        whole = whole.requires_grad_(False).eval()
+        ids = self.ids(whole.config, 2, 32)
+        expected = _outcomes(whole, ids)
+        found = {}
+        with executor(folder, "--device", str(self.device)) as served:
+            hosted = Executor.of(whole)
+            for name, base in (("in process", hosted), ("unix", served.unix), ("tcp", served.tcp)):
+                with symbiosis.connect(base) as session:
+                    outcomes = _outcomes(session.model(device=self.device), ids)
+                worst = max(
+                    (a.double() - b.double()).abs().max().item()
+                    for a, b in zip(outcomes[:-1], expected[:-1], strict=True)
+                )
+                same = torch.equal(outcomes[-1], expected[-1])
+                found[name] = {"largest_difference": worst, "same_tokens": same}
+                print(f"  {name}: largest difference {worst:.2g}, same tokens: {same}")
+                if worst > 1e-3 or not same:
+                    raise AssertionError(f"{name} differs from the whole model: {found[name]}")
+            hosted.close()
+        return found
+
+    def exchange(self) -> dict[str, Any]:
+        """Microseconds of one exchange with a tiny weight: 8 KB and 1 MB each way."""
+        folder = make_model("llama-tiny", TINY)
+        found: dict[str, Any] = {}
+        with (
+            Executor.load(str(folder), dtype=torch.float32, device=str(self.device)) as hosted,
+            symbiosis.connect(hosted) as session,
+        ):
+            found["in process"] = _exchange_us(session, str(self.device))
+        for name, around in (("processes", contextlib.nullcontext(True)), ("with MPS", _mps())):
+            with around as there:
+                if not (there and (self.device.type == "cuda" or name == "processes")):
+                    found[name] = "no MPS here"
+                    continue
+                with executor(folder, "--device", str(self.device)) as served:
+                    command = [sys.executable, __file__, "--device", str(self.device)]
+                    output = subprocess.check_output(
+                        [*command, "--exchange-client", served.unix], text=True
+                    )
+                    found[name] = json.loads(output.splitlines()[-1])
+        for name, times in found.items():
+            print(f"  {name}: {times}")
+        return found
+
+    def jobs(self) -> dict[str, Any]:
+        """Fine-tuning jobs (LoRA r = 16, all linear layers, AdamW, checkpointing) on one executor,
+        and the same job with a copy of the base to itself."""
+        sizes = self.sizes
+        self.forget_peak()
+        whole = self.made(sizes.llama, torch.bfloat16)
+        base, parameters = _bytes_of(whole), sum(p.numel() for p in whole.parameters())
+        lone_s, lone_peak = self._train([Job(whole, self)])
+        alone = max(1, lone_peak - base)
+        rows = {}
+        with Executor.of(whole) as hosted:
+            for count in sorted({1, 2, sizes.jobs}):
+                with contextlib.ExitStack() as sessions:
+                    open_jobs = [
+                        Job(self._client(hosted, sessions), self, seed) for seed in range(count)
+                    ]
+                    rows[count] = self._train(open_jobs)
+        job = max(1, (rows[sizes.jobs][1] - rows[1][1]) // max(1, sizes.jobs - 1))
+        fixed, total = rows[1][1] - job, self.total_memory()
+        tokens = sizes.batch * sizes.sequence
+        limit_s = 6 * parameters * tokens / self.flops
+        for count, (seconds, peak) in rows.items():
+            print(
+                f"  {count} jobs: {count * tokens / seconds:.0f} tokens/s "
+                f"(whole, alone: {tokens / lone_s:.0f}; 6 · parameters · tokens / flops allows "
+                f"{tokens / limit_s:.0f}), peak {peak / GIB:.2f} GiB"
+            )
+        fit, separate = (total - fixed) // job, total // (base + alone)
+        print(
+            f"  {total / GIB:.0f} GiB hold (total - {fixed / GIB:.1f}) / {job / GIB:.2f} = {fit} "
+            f"jobs on one base, total / {(base + alone) / GIB:.1f} = {separate} with a base each"
+        )
+        return {
+            "rows": {
+                count: {"tokens_per_s": count * tokens / seconds, "peak": peak}
+                for count, (seconds, peak) in rows.items()
+            },
+            "whole": {"tokens_per_s": tokens / lone_s, "peak": lone_peak},
+            "limit_tokens_per_s": tokens / limit_s,
+            "jobs_that_fit": fit,
+            "separate_that_fit": separate,
+        }
+
+    def many(self) -> dict[str, Any]:
+        """As many Gemma-2 adapters as the paper's own figure asks for, trained at once."""
+        sizes = self.sizes
+        self.forget_peak()
+        config = sizes.gemma
+        need = _parameters_of(config) * 2
+        if need > 0.9 * self.total_memory():
+            raise RuntimeError(f"{need / GIB:.0f} GiB of weights do not fit into this device")
+        with Executor.of(self.made(config, torch.bfloat16)) as hosted:
+            base = hosted.weights.num_bytes
+            with contextlib.ExitStack() as sessions:
+                open_jobs = [
+                    Job(self._client(hosted, sessions), self, seed, batch=1)
+                    for seed in range(sizes.adapters)
+                ]
+                seconds, peak = self._train(open_jobs)
+        tokens = sizes.adapters * sizes.sequence
+        allowed = tokens / (6 * hosted.weights.num_parameters * tokens / self.flops)
+        print(
+            f"  {sizes.adapters} adapters at once: {tokens / seconds:.0f} tokens/s "
+            f"(6 · parameters · tokens / flops allows {allowed:.0f}), peak {peak / GIB:.1f} GiB, "
+            f"the base {base / GIB:.1f} of it"
+        )
+        return {
+            "adapters": sizes.adapters,
+            "tokens_per_s": tokens / seconds,
+            "limit_tokens_per_s": allowed,
+            "peak": peak,
+            "base": base,
+        }
+
+    def decode(self) -> dict[str, Any]:
+        """Greedy decoders of four methods on one executor; the peer is HF eager, one sequence."""
+        sizes = self.sizes
+        self.forget_peak()
+        whole = self.made(sizes.llama, torch.bfloat16)
+        lone = self._decode([whole])
+        floor_s = _bytes_of(whole) / self.bandwidth
+        found: dict[str, Any] = {"hf_eager_tokens_per_s": lone, "limit_steps_per_s": 1 / floor_s}
+        names = list(METHODS)
+        with Executor.of(whole) as hosted:
+            for count in sizes.clients:
+                with contextlib.ExitStack() as sessions:
+                    models = [
+                        get_peft_model(
+                            self._client(hosted, sessions), METHODS[names[i % len(names)]]()
+                        )
+                        for i in range(count)
+                    ]
+                    rate = self._decode(models)
+                found[f"{count} clients"] = rate
+                print(
+                    f"  {count} clients: {rate:.1f} tokens/s, HF eager alone {lone:.1f}: "
+                    f"× {rate / lone:.2f}; {count} · bandwidth / weight bytes allows "
+                    f"{count / floor_s:.0f}"
+                )
+        return found
+
+    def context(self) -> dict[str, Any]:
+        """A token after a long context: cache and attention on the device, in host memory beside
+        frozen layers on the device, and HF's offloaded cache as the peer."""
+        sizes, found = self.sizes, {}
+        self.forget_peak()
+        whole = self.made(sizes.llama, torch.bfloat16)
+        with (
+            Executor.of(whole) as hosted,
+            symbiosis.connect(hosted) as near,
+            symbiosis.connect(hosted) as far,
+        ):
+            sides = {
+                "whole, cache on the device": (whole, False),
+                "client on the device": (near.model(device=self.device).eval(), False),
+                "client in host memory": (far.model(device="cpu").eval(), False),
+            }
+            if self.device.type == "cuda":
+                sides["whole, offloaded cache"] = (whole, True)
+            for length in sizes.contexts:
+                for name, (model, offloads) in sides.items():
+                    try:
+                        seconds = self._token_s(model, length, offloads)
+                    except torch.OutOfMemoryError as error:
+                        found[f"{length}: {name}"] = f"out of memory: {error}"
+                        continue
+                    finally:
+                        self.forget_peak()
+                    found[f"{length}: {name}"] = seconds
+                    print(f"  {length} tokens, {name}: {seconds * 1e3:.1f} ms a token")
+        return found
+
+    # Work
+
+    def _client(self, hosted: Executor, sessions: contextlib.ExitStack) -> PreTrainedModel:
+        session = sessions.enter_context(symbiosis.connect(hosted))
+        return session.model(device=self.device).eval()
+
+    def _train(self, jobs: list[Job]) -> tuple[float, int]:
+        """One step of each to warm up, then one of each at once: seconds, and peak memory."""
+        losses = _together([job.step for job in jobs])[1]
+        self.forget_peak()
+        seconds, more = _together([job.step for job in jobs])
+        if not all(map(_finite, (*losses, *more))):
+            raise AssertionError(f"losses {losses} {more}")
+        peak = self.memory()
+        for job in jobs:
+            job.end()
+        return seconds, peak
+
+    def _decode(self, models: list[Any]) -> float:
+        """Tokens per second of all together, prompts not counted; the first round warms up."""
+        tokens = self.sizes.tokens
+        for _ in range(2):
+            caches = [self._prompted(model) for model in models]
+            pairs = zip(models, caches, strict=True)
+            seconds, _ = _together([functools.partial(self._go_on, *p, tokens) for p in pairs])
+        return len(models) * tokens / seconds
+
+    @torch.no_grad()
+    def _prompted(self, model: Any) -> Any:
+        ids = self.ids(model.config, 1, 16)
+        return model(ids, use_cache=True, logits_to_keep=1)
+
+    @torch.no_grad()
+    def _go_on(self, model: Any, out: Any, tokens: int) -> None:
+        cache = out.past_key_values
+        for _ in range(tokens):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(token, past_key_values=cache, use_cache=True)
+        self.synchronize()
+
+    @torch.no_grad()
+    def _token_s(self, model: Any, length: int, offloads: bool) -> float:
+        """The median time of a token after ``length`` random keys and values."""
+        config = model.config
+        cache = DynamicCache(config=config, **({"offloading": True} if offloads else {}))
+        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        for layer in range(config.num_hidden_layers):
+            keys = torch.randn(1, heads, length, width, dtype=model.dtype, device=model.device)
+            cache.update(keys, keys.clone(), layer)
+        token = torch.ones(1, 1, dtype=torch.long, device=model.device)
+        times = []
+        for _ in range(6):
+            self.synchronize()
+            started_s = time.perf_counter()
+            model(token, past_key_values=cache, use_cache=True)
+            self.synchronize()
+            times.append(time.perf_counter() - started_s)
+        return statistics.median(times[1:])
+
+
+class Job:
+    """One fine-tuning job in this process."""
+
+    def __init__(
+        self, model: PreTrainedModel, bench: Bench, seed: int = 0, batch: int | None = None
+    ) -> None:
+        torch.manual_seed(seed)
+        self._model, self._base = model, model
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")).train()
+        self._ids = bench.ids(model.config, batch or bench.sizes.batch, bench.sizes.sequence)
+        trainable = [p for p in self._model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(trainable, 1e-4)
+        self._synchronize = bench.synchronize
+
+    def step(self) -> float:
+        loss = self._model(self._ids, labels=self._ids, use_cache=False).loss
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._synchronize()
+        return float(loss.detach())
+
+    def end(self) -> None:
+        """Leaves the base as it was."""
+        self._model.unload()
+        self._base.gradient_checkpointing_disable()
+        self._base.disable_input_require_grads()
+        self._base.eval()
+        del self._optimizer
+
+
+def _together(work: list[Callable[[], Any]]) -> tuple[float, list[Any]]:
+    """Each in a thread, begun at once: seconds until the last is done, and what they return."""
+    begin = threading.Barrier(len(work) + 1)
+
+    def one(do: Callable[[], Any]) -> Any:
+        begin.wait()
+        return do()
+
+    with ThreadPoolExecutor(len(work)) as pool:
+        running = [pool.submit(one, do) for do in work]
+        begin.wait()
+        started_s = time.perf_counter()
+        outcomes = [future.result() for future in running]
+    return time.perf_counter() - started_s, outcomes
+
+
+def _outcomes(model: PreTrainedModel, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Logits, loss, LoRA gradients, and generated ids last."""
+    model.eval()
+    with torch.no_grad():
+        logits = model(ids).logits
+    tokens = model.generate(
+        input_ids=ids[:1], attention_mask=torch.ones_like(ids[:1]), max_new_tokens=8,
+        do_sample=False, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+    loss = adapted(ids, labels=ids).loss
+    loss.backward()
+    gradients = [p.grad.clone() for p in adapted.parameters() if p.grad is not None]
+    adapted.unload()
+    return (logits, loss.detach(), *gradients, tokens)
+
+
+def _exchange_us(session: symbiosis.Session, device: str) -> dict[str, float]:
+    """The median from the call to the result on the device, by bytes each way."""
+    weight = session.model(device=device).model.layers[0].mlp.up_proj.weight
+    found = {}
+    for label, size in (("8 KB", 8 << 10), ("1 MB", 1 << 20)):
+        x = torch.randn(size // 4 // weight.shape[1], weight.shape[1], device=device)
+        times = []
+        for _ in range(300):
+            started_s = time.perf_counter()
+            with torch.no_grad():
+                y = F.linear(x.clone(), weight)
+            if y.is_cuda:
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - started_s) * 1e6)
+        found[label] = statistics.median(times[50:])
+    return found
+
+
+@contextlib.contextmanager
+def _mps() -> Iterator[bool]:
+    """A multi-process service of our own while the block runs; False if there is none."""
+    if shutil.which("nvidia-cuda-mps-control") is None:
+        yield False
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        places = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        os.environ.update(places)
+        try:
+            subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
+            yield True
+        finally:
+            subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, check=False)
+            for name in places:
+                del os.environ[name]
+
+
+def _name(config: dict[str, Any]) -> str:
+    return f"-{config['hidden_size']}"
+
+
+def _bytes_of(model: PreTrainedModel) -> int:
+    return sum(p.nbytes for p in model.parameters())
+
+
+def _parameters_of(config: PreTrainedConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def _finite(loss: float) -> bool:
+    return abs(loss) < float("inf")  # false for nan, too
+
+
+PARTS = ("check", "exchange", "jobs", "many", "decode", "context")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--stand-in", action="store_true", help="tiny models")
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--out", type=Path, help="write the results here, not benchmarks/results")
+    parser.add_argument("--exchange-client", metavar="URL", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.exchange_client:
+        with symbiosis.connect(options.exchange_client) as session:
+            print(json.dumps(_exchange_us(session, options.device)))
+        return
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("there is no GPU here: --device cpu --stand-in runs the same code, small")
+    bench = Bench(options.device, stand_in_sizes() if options.stand_in else full_sizes())
+    result: dict[str, Any] = {**bench.describe(), "stand_in": options.stand_in}
+    print(result, flush=True)
+    for part in options.only:
+        print(part, flush=True)
+        started_s = time.perf_counter()
+        try:
+            result[part] = getattr(bench, part)()
+        except Exception as error:  # noqa: BLE001 (the other parts are worth having)
+            traceback.print_exc()
+            result[part] = {"error": f"{type(error).__name__}: {error}"}
+        bench.forget_peak()
+        result[part]["part_s"] = time.perf_counter() - started_s
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    else:
+        save("gpu-stand-in" if options.stand_in else "gpu", result)
+    if any("error" in result[part] for part in options.only):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
