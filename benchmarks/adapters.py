@@ -3,7 +3,8 @@
 Each job trains its own LoRA (r = 16, all linear layers) with AdamW and gradient checkpointing. Peak
 memory of one and of two jobs says what is fixed and what a job takes; the number that should fit
 is then run, at once, for one step each, and its peak measured. Peer: the same code with the
-whole model in each process. Memory is the proportional set size of all processes.
+whole model in each process. Memory is the proportional set size of all processes. ``--malloc`` puts
+another allocator under all of them (decision 19).
 
 The limit: (budget - base) / job against budget / (base + job).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 from finetuning import jobs, run_jobs
@@ -50,8 +52,13 @@ def main() -> None:
     parser.add_argument("--budget-gib", type=float, default=20.0)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--malloc", type=Path, help="a shared library for LD_PRELOAD")
     model_options(parser)
     options = parser.parse_args()
+    malloc = "glibc"
+    if options.malloc:
+        os.environ["LD_PRELOAD"] = str(options.malloc.resolve(strict=True))
+        malloc = options.malloc.name.removeprefix("lib").split(".")[0]
     budget = int(options.budget_gib * 2**30)
     model, title, suffix = chosen_model(options)
     shape = options.batch, options.context
@@ -66,14 +73,15 @@ def main() -> None:
             f"{side['tokens_per_s']:.1f} tokens/s"
         )
     print(
-        f"{title}, {options.batch} × {options.context} tokens, {options.budget_gib} GiB: × "
+        f"{title}, {malloc}, {options.batch} × {options.context} tokens, {options.budget_gib} GiB: × "
         f"{ours['jobs'] / theirs['jobs']:.2f} jobs; with {theirs['jobs']} jobs, speed × "
         f"{rate / theirs['tokens_per_s']:.2f}"
     )
     save(
-        "adapters" + suffix,
+        f"adapters{suffix}-{malloc}",
         {
             "model": title,
+            "malloc": malloc,
             "budget_bytes": budget,
             "tokens": shape,
             "separate": theirs,

@@ -74,6 +74,32 @@ class Work:
         gaps_ms = [1e3 * (b - a) for a, b in itertools.pairwise(ends_s)]
         return {**self._rate(tokens, started_s), "gaps_ms": gaps_ms}
 
+    def adapt_many(self, method: str, count: int) -> dict[str, Any]:
+        """Wrap the model with ``count`` adapters, for `decode_batch`."""
+        self._model.requires_grad_(False)
+        self._adapted = get_peft_model(self._model, METHODS[method](), adapter_name="0")
+        for number in range(1, count):
+            self._adapted.add_adapter(str(number), METHODS[method]())
+        return {}
+
+    def decode_batch(self, tokens: int, context: int) -> dict[str, Any]:
+        """`decode` of one sequence for each adapter in one batch, with peft's ``adapter_names``."""
+        assert self._adapted is not None
+        model, names = self._adapted.eval(), list(self._adapted.peft_config)
+        with torch.no_grad():
+            ids = self._ids(len(names), context)
+            out = model(ids, use_cache=True, logits_to_keep=1, adapter_names=names)
+            started_s = time.perf_counter()
+            for _ in range(tokens):
+                token = out.logits[:, -1:].argmax(-1)
+                out = model(
+                    token,
+                    past_key_values=out.past_key_values,
+                    use_cache=True,
+                    adapter_names=names,
+                )
+        return self._rate(len(names) * tokens, started_s)
+
     def prefill(self, context: int) -> dict[str, Any]:
         """One forward pass over a prompt, logits of its last token."""
         ids = self._ids(1, context)
