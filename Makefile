@@ -48,6 +48,7 @@ bench: setup  ## the figures of the README and of docs/decisions; about an hour 
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/finetuning.py --from-bf16
 	$(BIN)/python benchmarks/decoding.py --from-bf16
+	$(BIN)/python benchmarks/adapter_names.py
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/few_rows.py

@@ -73,8 +73,8 @@ def main() -> None:
             f"{side['tokens_per_s']:.1f} tokens/s"
         )
     print(
-        f"{title}, {malloc}, {options.batch} × {options.context} tokens, {options.budget_gib} GiB: × "
-        f"{ours['jobs'] / theirs['jobs']:.2f} jobs; with {theirs['jobs']} jobs, speed × "
+        f"{title}, {malloc}, {options.batch} × {options.context} tokens, {options.budget_gib} GiB: "
+        f"× {ours['jobs'] / theirs['jobs']:.2f} jobs; with {theirs['jobs']} jobs, speed × "
         f"{rate / theirs['tokens_per_s']:.2f}"
     )
     save(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +51,65 @@ def shared(name: str, what: str) -> list[str]:
     ]
 
 
-def main() -> None:
-    rows = [
-        *exactness(),
-        *[row for suffix in SUFFIXES for row in overhead(suffix)],
-        *[row for suffix in SUFFIXES for row in shared(f"finetuning{suffix}", "fine-tuning job")],
-        *[row for suffix in SUFFIXES for row in shared(f"decoding{suffix}", "decoder")],
+def adapters(name: str) -> list[str]:
+    found = load(name)
+    if not found:
+        return []
+    ours, theirs = found["split"], found["separate"]
+    budget, shape = found["budget_bytes"] / 2**30, " × ".join(map(str, found["tokens"]))
+    return [
+        f"| {found['model']}: LoRA jobs of {shape} tokens in {budget:.0f} GiB, {found['malloc']} | "
+        f"{ours['jobs']} against {theirs['jobs']} jobs; {ours['job'] / 2**30:.1f} GiB a job and "
+        f"{ours['fixed'] / 2**30:.1f} once against {theirs['job'] / 2**30:.1f} a job | "
+        f"jobs **× {found['jobs_ratio']:.1f}**; with {theirs['jobs']} on either side, speed "
+        f"**× {found['speed_ratio_at_their_most']:.2f}** |"
     ]
-    where = "\n".join(
-        f"- {name}: commit {facts['commit']}, {facts['date']}, {facts['machine']}."
-        for kind in ("overhead", "finetuning", "decoding")
-        for suffix in SUFFIXES
-        if (facts := load(name := kind + suffix))
-    )
+
+
+def adapter_names(name: str) -> list[str]:
+    found = load(name)
+    return [
+        f"| {found['model']}: {count} LoRA decoders, peer: peft's `adapter_names` | "
+        f"{row['split_tokens_per_s']:.1f} against "
+        f"{row['adapter_names_tokens_per_s']:.1f} tokens/s; "
+        f"{row['split_bytes'] / 2**30:.2f} against {row['adapter_names_bytes'] / 2**30:.2f} GiB | "
+        f"speed **× {row['ratio']:.2f}** |"
+        for count, row in found.items()
+        if isinstance(row, dict)
+    ]
+
+
+def makers() -> Iterator[tuple[str, Callable[[], list[str]]]]:
+    """The results that the table is made from, in its order, and what makes their rows."""
+    yield "exactness", exactness
+    for suffix in SUFFIXES:
+        yield f"overhead{suffix}", partial(overhead, suffix)
+    for suffix in SUFFIXES:
+        yield (name := f"finetuning{suffix}"), partial(shared, name, "fine-tuning job")
+    for path in sorted(RESULTS.glob("adapters-*.json")):
+        yield path.stem, partial(adapters, path.stem)
+    for suffix in SUFFIXES:
+        yield (name := f"decoding{suffix}"), partial(shared, name, "decoder")
+    for suffix in SUFFIXES:
+        yield (name := f"adapter-names{suffix}"), partial(adapter_names, name)
+
+
+def main() -> None:
+    rows, where = [], []
+    for name, make in makers():
+        made = make()
+        rows += made
+        if made:
+            facts = load(name)
+            where.append(
+                f"- {name}: commit {facts['commit']}, {facts['date']}, {facts['machine']}."
+            )
     table = "\n".join(["| | ours against the peer | ratio |", "|---|---|---|", *rows])
+    places = "\n".join(where)
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     _, after = rest.split(END)
-    readme.write_text(f"{before}{BEGIN}\n{where}\n\n{table}\n{END}{after}")
+    readme.write_text(f"{before}{BEGIN}\n{places}\n\n{table}\n{END}{after}")
 
 
 if __name__ == "__main__":
