@@ -12,18 +12,11 @@ import os
 from typing import Any
 
 from decoding import run_decoders
-from harness import Sample, Worker, chosen_model, executor, model_options, peak_pss, ratio, save
+from harness import Sample, Served, Worker, chosen_model, executor, model_options, ratio, save
 
 
-def run_batch(worker: Worker, tokens: int) -> tuple[float, int]:
-    """Tokens/s of the whole batch, and peak PSS."""
-    with peak_pss([worker.pid]) as peak:
-        rate = worker.run(do="decode_batch", tokens=tokens, context=32)["tokens_per_s"]
-    return rate, peak()
-
-
-def compare(model: str, served: Any, count: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Alternated; the first round warms up."""
+def compare(model: str, served: Served, count: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Alternated; the first round warms up. A step of the one process is a token for each."""
     cores = os.cpu_count() or 1
     together = Worker(model, threads=cores, passive=False).ready()
     together.run(do="adapt_many", method="lora", count=count)
@@ -35,12 +28,12 @@ def compare(model: str, served: Any, count: int, tokens: int, rounds: int) -> di
         client.ready().run(do="adapt", method="lora")
     theirs, ours = [], []
     for _ in range(rounds + 1):
-        theirs.append(run_batch(together, tokens))
+        theirs.append(run_decoders([together], [], tokens))
         ours.append(run_decoders(clients, [served.pid], tokens))
     for worker in (together, *clients):
         worker.close()
     a = Sample(tuple(rate for rate, _ in ours[1:]))
-    b = Sample(tuple(rate for rate, _ in theirs[1:]))
+    b = Sample(tuple(count * steps for steps, _ in theirs[1:]))
     return {
         "split_tokens_per_s": a.median,
         "adapter_names_tokens_per_s": b.median,

@@ -14,22 +14,21 @@ SUFFIXES = ("", "-bf16", "-1b", "-1b-bf16")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
-def load(name: str) -> dict[str, Any]:
+Found = dict[str, Any]
+
+
+def load(name: str) -> Found:
     path = Path(RESULTS / f"{name}.json")
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def exactness() -> list[str]:
-    found = load("exactness")
-    if not found:
-        return []
+def exactness(found: Found) -> list[str]:
     names = [n for n in found if n not in ("commit", "date", "machine", "model")]
     worst = max(found[name] for name in names)
     return [f"| {', '.join(names)}: largest difference from the whole model | {worst:g} | |"]
 
 
-def overhead(suffix: str) -> list[str]:
-    found = load(f"overhead{suffix}")
+def overhead(found: Found) -> list[str]:
     return [
         f"| {found['model']}: one client, {name.replace('/', ', ')} | "
         f"{row['split_tokens_per_s']:.1f} against {row['whole_tokens_per_s']:.1f} tokens/s | "
@@ -39,8 +38,7 @@ def overhead(suffix: str) -> list[str]:
     ]
 
 
-def shared(name: str, what: str) -> list[str]:
-    found = load(name)
+def shared(found: Found, what: str) -> list[str]:
     return [
         f"| {found['model']}: {count} {what}{'' if count == '1' else 's'} | "
         f"{row['split_tokens_per_s']:.1f} against {row['separate_tokens_per_s']:.1f} tokens/s; "
@@ -51,10 +49,7 @@ def shared(name: str, what: str) -> list[str]:
     ]
 
 
-def adapters(name: str) -> list[str]:
-    found = load(name)
-    if not found:
-        return []
+def adapters(found: Found) -> list[str]:
     ours, theirs = found["split"], found["separate"]
     budget, shape = found["budget_bytes"] / 2**30, " × ".join(map(str, found["tokens"]))
     return [
@@ -66,8 +61,7 @@ def adapters(name: str) -> list[str]:
     ]
 
 
-def adapter_names(name: str) -> list[str]:
-    found = load(name)
+def adapter_names(found: Found) -> list[str]:
     return [
         f"| {found['model']}: {count} LoRA decoders, peer: peft's `adapter_names` | "
         f"{row['split_tokens_per_s']:.1f} against "
@@ -79,31 +73,28 @@ def adapter_names(name: str) -> list[str]:
     ]
 
 
-def makers() -> Iterator[tuple[str, Callable[[], list[str]]]]:
+def makers() -> Iterator[tuple[str, Callable[[Found], list[str]]]]:
     """The results that the table is made from, in its order, and what makes their rows."""
     yield "exactness", exactness
     for suffix in SUFFIXES:
-        yield f"overhead{suffix}", partial(overhead, suffix)
+        yield f"overhead{suffix}", overhead
     for suffix in SUFFIXES:
-        yield (name := f"finetuning{suffix}"), partial(shared, name, "fine-tuning job")
+        yield f"finetuning{suffix}", partial(shared, what="fine-tuning job")
     for path in sorted(RESULTS.glob("adapters-*.json")):
-        yield path.stem, partial(adapters, path.stem)
+        yield path.stem, adapters
     for suffix in SUFFIXES:
-        yield (name := f"decoding{suffix}"), partial(shared, name, "decoder")
+        yield f"decoding{suffix}", partial(shared, what="decoder")
     for suffix in SUFFIXES:
-        yield (name := f"adapter-names{suffix}"), partial(adapter_names, name)
+        yield f"adapter-names{suffix}", adapter_names
 
 
 def main() -> None:
     rows, where = [], []
     for name, make in makers():
-        made = make()
-        rows += made
-        if made:
-            facts = load(name)
-            where.append(
-                f"- {name}: commit {facts['commit']}, {facts['date']}, {facts['machine']}."
-            )
+        if found := load(name):
+            rows += make(found)
+            facts = f"commit {found['commit']}, {found['date']}, {found['machine']}"
+            where.append(f"- {name}: {facts}.")
     table = "\n".join(["| | ours against the peer | ratio |", "|---|---|---|", *rows])
     places = "\n".join(where)
     readme = ROOT / "README.md"

@@ -36,6 +36,7 @@ class Work:
         torch.manual_seed(seed)
         self._session: symbiosis.Session | None = None
         self._adapted: PeftModel | None = None
+        self._each: dict[str, list[str]] = {}  # of several adapters in one batch
         if "://" in source:
             self._session = symbiosis.connect(
                 source, name=f"bench-{seed}", privacy=symbiosis.Privacy(**(privacy or {}))
@@ -64,41 +65,26 @@ class Work:
         model.eval()
         ends_s = []
         with torch.no_grad():
-            out = model(self._ids(1, context), use_cache=True, logits_to_keep=1)
+            ids = self._ids(max(1, len(self._each.get("adapter_names", []))), context)
+            out = model(ids, use_cache=True, logits_to_keep=1, **self._each)
             started_s = time.perf_counter()
             for _ in range(tokens):
                 token = out.logits[:, -1:].argmax(-1)
-                out = model(token, past_key_values=out.past_key_values, use_cache=True)
+                cache = out.past_key_values
+                out = model(token, past_key_values=cache, use_cache=True, **self._each)
                 ends_s.append(time.perf_counter())
                 time.sleep(pause_s)
         gaps_ms = [1e3 * (b - a) for a, b in itertools.pairwise(ends_s)]
-        return {**self._rate(tokens, started_s), "gaps_ms": gaps_ms}
+        return {**self._rate(len(ids) * tokens, started_s), "gaps_ms": gaps_ms}
 
     def adapt_many(self, method: str, count: int) -> dict[str, Any]:
-        """Wrap the model with ``count`` adapters, for `decode_batch`."""
+        """Wrap the model with ``count`` adapters; `decode` then has a sequence for each."""
         self._model.requires_grad_(False)
         self._adapted = get_peft_model(self._model, METHODS[method](), adapter_name="0")
         for number in range(1, count):
             self._adapted.add_adapter(str(number), METHODS[method]())
+        self._each = {"adapter_names": list(self._adapted.peft_config)}
         return {}
-
-    def decode_batch(self, tokens: int, context: int) -> dict[str, Any]:
-        """`decode` of one sequence for each adapter in one batch, with peft's ``adapter_names``."""
-        assert self._adapted is not None
-        model, names = self._adapted.eval(), list(self._adapted.peft_config)
-        with torch.no_grad():
-            ids = self._ids(len(names), context)
-            out = model(ids, use_cache=True, logits_to_keep=1, adapter_names=names)
-            started_s = time.perf_counter()
-            for _ in range(tokens):
-                token = out.logits[:, -1:].argmax(-1)
-                out = model(
-                    token,
-                    past_key_values=out.past_key_values,
-                    use_cache=True,
-                    adapter_names=names,
-                )
-        return self._rate(len(names) * tokens, started_s)
 
     def prefill(self, context: int) -> dict[str, Any]:
         """One forward pass over a prompt, logits of its last token."""

@@ -5,8 +5,8 @@
 processes with and without MPS), ``jobs`` (Llama-2-13B: how many fine-tuning jobs fit), ``many``
 (20 Gemma-2-27B adapters trained at once), ``decode`` (1, 4 and 16 clients against HF eager) and
 ``context`` (a client whose cache and attention are in host memory, against HF's offloaded cache).
-A part that fails says why and does not stop the others. Every figure stands beside its physical
-limit, from the bandwidth and the arithmetic that this device showed in the same call.
+A part that fails says why and does not stop the others. Training and decoding stand beside their
+physical limit, from the arithmetic and the bandwidth that this device showed in the same call.
 
 ``--device cpu --stand-in`` runs every part with tiny models, for a machine without a GPU.
 """
@@ -29,7 +29,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class Sizes:
 
     llama: PreTrainedConfig
     gemma: PreTrainedConfig
+    checked: tuple[str, dict[str, Any]]  # as `make_model` takes it
     batch: int = 2
     sequence: int = 512
     jobs: int = 4
@@ -72,7 +73,6 @@ class Sizes:
     clients: tuple[int, ...] = (1, 4, 16)
     tokens: int = 32
     contexts: tuple[int, ...] = (4096, 32768)
-    checked: dict[str, Any] = field(default_factory=lambda: LLAMA_110M)
 
 
 def full_sizes() -> Sizes:
@@ -96,7 +96,7 @@ def full_sizes() -> Sizes:
         head_dim=128,
         query_pre_attn_scalar=144,
     )
-    return Sizes(llama, gemma)
+    return Sizes(llama, gemma, ("llama-110m", LLAMA_110M))
 
 
 def stand_in_sizes() -> Sizes:
@@ -113,13 +113,13 @@ def stand_in_sizes() -> Sizes:
     return Sizes(
         LlamaConfig(**shape),
         Gemma2Config(**shape, head_dim=8),
+        ("llama-tiny", TINY),
         sequence=16,
         jobs=2,
         adapters=3,
         clients=(1, 2),
         tokens=4,
         contexts=(64,),
-        checked=TINY,
     )
 
 
@@ -186,11 +186,16 @@ class Bench:
         a = torch.ones(n, n, dtype=torch.bfloat16, device=self.device)
         return 2 * n**3 / self._best_s(lambda: a @ a)
 
-    def made(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-        """A model with random weights, made where it will be."""
+    def training_limit(self, parameters: int) -> float:
+        """Tokens/s: forward, again for the checkpoints, and the gradients of inputs, two operations
+        a parameter each."""
+        return self.flops / (6 * parameters)
+
+    def made(self, config: PreTrainedConfig) -> PreTrainedModel:
+        """A model in bf16 with random weights, made where it will be."""
         torch.manual_seed(0)
         with torch.device(self.device):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         return model.requires_grad_(False).eval()
 
     def ids(self, config: PreTrainedConfig, batch: int, length: int) -> torch.Tensor:
@@ -201,7 +206,7 @@ class Bench:
     def check(self) -> dict[str, Any]:
         """Split against whole in fp32, in process and between processes: the largest difference of
         logits, loss and LoRA gradients, and whether generated tokens are equal."""
-        folder = make_model("llama-gpu-check" + _name(self.sizes.checked), self.sizes.checked)
+        folder = make_model(*self.sizes.checked)
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(self.device)
         whole = whole.requires_grad_(False).eval()
         ids = self.ids(whole.config, 2, 32)
@@ -235,7 +240,7 @@ class Bench:
             found["in process"] = _exchange_us(session, str(self.device))
         for name, around in (("processes", contextlib.nullcontext(True)), ("with MPS", _mps())):
             with around as there:
-                if not (there and (self.device.type == "cuda" or name == "processes")):
+                if not there:
                     found[name] = "no MPS here"
                     continue
                 with executor(folder, "--device", str(self.device)) as served:
@@ -253,7 +258,7 @@ class Bench:
         and the same job with a copy of the base to itself."""
         sizes = self.sizes
         self.forget_peak()
-        whole = self.made(sizes.llama, torch.bfloat16)
+        whole = self.made(sizes.llama)
         base, parameters = _bytes_of(whole), sum(p.numel() for p in whole.parameters())
         lone_s, lone_peak = self._train([Job(whole, self)])
         alone = max(1, lone_peak - base)
@@ -268,12 +273,12 @@ class Bench:
         job = max(1, (rows[sizes.jobs][1] - rows[1][1]) // max(1, sizes.jobs - 1))
         fixed, total = rows[1][1] - job, self.total_memory()
         tokens = sizes.batch * sizes.sequence
-        limit_s = 6 * parameters * tokens / self.flops
+        limit = self.training_limit(parameters)
         for count, (seconds, peak) in rows.items():
             print(
                 f"  {count} jobs: {count * tokens / seconds:.0f} tokens/s "
-                f"(whole, alone: {tokens / lone_s:.0f}; 6 · parameters · tokens / flops allows "
-                f"{tokens / limit_s:.0f}), peak {peak / GIB:.2f} GiB"
+                f"(whole, alone: {tokens / lone_s:.0f}; flops / (6 · parameters) allows "
+                f"{limit:.0f}), peak {peak / GIB:.2f} GiB"
             )
         fit, separate = (total - fixed) // job, total // (base + alone)
         print(
@@ -286,7 +291,7 @@ class Bench:
                 for count, (seconds, peak) in rows.items()
             },
             "whole": {"tokens_per_s": tokens / lone_s, "peak": lone_peak},
-            "limit_tokens_per_s": tokens / limit_s,
+            "limit_tokens_per_s": limit,
             "jobs_that_fit": fit,
             "separate_that_fit": separate,
         }
@@ -299,7 +304,7 @@ class Bench:
         need = _parameters_of(config) * 2
         if need > 0.9 * self.total_memory():
             raise RuntimeError(f"{need / GIB:.0f} GiB of weights do not fit into this device")
-        with Executor.of(self.made(config, torch.bfloat16)) as hosted:
+        with Executor.of(self.made(config)) as hosted:
             base = hosted.weights.num_bytes
             with contextlib.ExitStack() as sessions:
                 open_jobs = [
@@ -308,10 +313,10 @@ class Bench:
                 ]
                 seconds, peak = self._train(open_jobs)
         tokens = sizes.adapters * sizes.sequence
-        allowed = tokens / (6 * hosted.weights.num_parameters * tokens / self.flops)
+        allowed = self.training_limit(hosted.weights.num_parameters)
         print(
             f"  {sizes.adapters} adapters at once: {tokens / seconds:.0f} tokens/s "
-            f"(6 · parameters · tokens / flops allows {allowed:.0f}), peak {peak / GIB:.1f} GiB, "
+            f"(flops / (6 · parameters) allows {allowed:.0f}), peak {peak / GIB:.1f} GiB, "
             f"the base {base / GIB:.1f} of it"
         )
         return {
@@ -326,7 +331,7 @@ class Bench:
         """Greedy decoders of four methods on one executor; the peer is HF eager, one sequence."""
         sizes = self.sizes
         self.forget_peak()
-        whole = self.made(sizes.llama, torch.bfloat16)
+        whole = self.made(sizes.llama)
         lone = self._decode([whole])
         floor_s = _bytes_of(whole) / self.bandwidth
         found: dict[str, Any] = {"hf_eager_tokens_per_s": lone, "limit_steps_per_s": 1 / floor_s}
@@ -354,7 +359,7 @@ class Bench:
         frozen layers on the device, and HF's offloaded cache as the peer."""
         sizes, found = self.sizes, {}
         self.forget_peak()
-        whole = self.made(sizes.llama, torch.bfloat16)
+        whole = self.made(sizes.llama)
         with (
             Executor.of(whole) as hosted,
             symbiosis.connect(hosted) as near,
@@ -447,7 +452,7 @@ class Job:
         self, model: PreTrainedModel, bench: Bench, seed: int = 0, batch: int | None = None
     ) -> None:
         torch.manual_seed(seed)
-        self._model, self._base = model, model
+        self._base = model
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         self._model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")).train()
@@ -528,7 +533,7 @@ def _exchange_us(session: symbiosis.Session, device: str) -> dict[str, float]:
 @contextlib.contextmanager
 def _mps() -> Iterator[bool]:
     """A multi-process service of our own while the block runs; False if there is none."""
-    if shutil.which("nvidia-cuda-mps-control") is None:
+    if not torch.cuda.is_available() or shutil.which("nvidia-cuda-mps-control") is None:
         yield False
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -541,10 +546,6 @@ def _mps() -> Iterator[bool]:
             subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, check=False)
             for name in places:
                 del os.environ[name]
-
-
-def _name(config: dict[str, Any]) -> str:
-    return f"-{config['hidden_size']}"
 
 
 def _bytes_of(model: PreTrainedModel) -> int:

@@ -106,3 +106,11 @@ def test_what_cannot_be_joined_is_alone_with_its_key() -> None:
     asked = exchange(Op.BATCHED_MATMUL, number, x, recipe=(View.TRANSPOSE, 2, 1, 2))
     assert key(weights, asked, 1) != key(weights, asked, 2)
     assert torch.equal(alone(weights, asked)[0], x.bmm(weights[number].tensor.transpose(1, 2)))
+
+
+def test_rows_on_two_devices_are_joined_on_the_weights() -> None:
+    """No second device computes here; one that only knows shapes shows where they go."""
+    here, there = torch.zeros(2, 4), torch.zeros(3, 4, device="meta")
+    joined = batch._cat((here, there), torch.device("meta"))
+    assert joined.device.type == "meta" and joined.shape == (5, 4)
+    assert batch._cat((here, here), torch.device("meta")).device.type == "cpu"
