@@ -111,6 +111,6 @@ def test_what_cannot_be_joined_is_alone_with_its_key() -> None:
 def test_rows_on_two_devices_are_joined_on_the_weights() -> None:
     """No second device computes here; one that only knows shapes shows where they go."""
     here, there = torch.zeros(2, 4), torch.zeros(3, 4, device="meta")
-    joined = batch._cat((here, there), torch.device("meta"))
+    joined = batch.cat((here, there), torch.device("meta"))
     assert joined.device.type == "meta" and joined.shape == (5, 4)
-    assert batch._cat((here, here), torch.device("meta")).device.type == "cpu"
+    assert batch.cat((here, here), torch.device("meta")).device.type == "cpu"

@@ -29,8 +29,8 @@ def test_means() -> None:
 
 def test_batches_are_counted_by_size_and_operation() -> None:
     stats = Stats(10.0)
-    stats.batch_ran(Op.LINEAR, 3, 30, 11.0, 0.5)
-    stats.batch_ran(Op.EMBEDDING, 1, 4, 11.5, 0.25)
+    stats.batch_ran(3, [Op.LINEAR] * 3, 30, 11.0, 0.5)
+    stats.batch_ran(1, [Op.EMBEDDING], 4, 11.5, 0.25)
     snapshot = stats.snapshot(12.0)
     assert snapshot["batch_sizes"] == {"1": 1, "3": 1}
     assert snapshot["operations"] == {"linear": 3, "embedding": 1}

@@ -37,12 +37,14 @@ class Alignment:
         """How many clients send interactive exchanges."""
         return len(self._rhythms)
 
-    def arrived(self, client: int, key: Hashable, opens: bool, now_s: float) -> None:
-        """A client has sent an interactive exchange."""
+    def arrived(
+        self, client: int, key: Hashable, opens: bool, now_s: float, walks: bool = False
+    ) -> None:
+        """A client has sent an interactive exchange; or, if it ``walks``, one goes on."""
         rhythm = self._rhythms.get(client)
         if rhythm is None:
             rhythm = self._rhythms[client] = Rhythm()
-        rhythm.arrived(key, opens, now_s, self._looked_s)
+        rhythm.arrived(key, opens, now_s, self._looked_s, walks)
         if rhythm.at_start:
             self._load = sum(
                 r.load for r in self._rhythms.values() if r.regular and r.late_s > now_s

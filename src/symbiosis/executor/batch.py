@@ -39,16 +39,16 @@ def compute(exchanges: list[Exchange], weights: Weights) -> list[tuple[torch.Ten
     if len(exchanges) == 1:
         return [tuple(ops.run(first, weights, first.tensors))]
     rows = [[_rows(exchange, x) for x in exchange.tensors] for exchange in exchanges]
-    joined = tuple(_cat(column, weights.device) for column in zip(*rows, strict=True))
+    joined = tuple(cat(column, weights.device) for column in zip(*rows, strict=True))
     outputs = ops.run(first._replace(place=None), weights, joined, linear_of_joined)
     sizes = [row[0].shape[0] for row in rows]
     parts = [torch.split(output, sizes) for output in outputs]
     return [
-        tuple(_shaped(part[i], exchange) for part in parts) for i, exchange in enumerate(exchanges)
+        tuple(shaped(part[i], exchange) for part in parts) for i, exchange in enumerate(exchanges)
     ]
 
 
-def _cat(rows: tuple[torch.Tensor, ...], device: torch.device) -> torch.Tensor:
+def cat(rows: tuple[torch.Tensor, ...], device: torch.device) -> torch.Tensor:
     """Several clients' rows, which need not lie on one device: then on the weights' ``device``."""
     if any(x.device != rows[0].device for x in rows):
         rows = tuple(x.to(device) for x in rows)
@@ -60,7 +60,7 @@ def _rows(exchange: Exchange, x: torch.Tensor) -> torch.Tensor:
     return x if exchange.op in RING_OPS else as_rows(x)
 
 
-def _shaped(rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+def shaped(rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
     """The rows of one client (T, O) in the leading shape of its input; a chain's and residues as
     they are."""
     if exchange.op is Op.CHAIN or exchange.op in RING_OPS:
@@ -96,7 +96,7 @@ class Pieces:
 
     def results(self) -> tuple[torch.Tensor, ...]:
         """As `compute` returns them, once all rows are there."""
-        return tuple(_shaped(result, self._exchange) for result in self._results)
+        return tuple(shaped(result, self._exchange) for result in self._results)
 
 
 def divisible(exchange: Exchange, joinable: bool) -> bool:

@@ -9,7 +9,7 @@ Every value is rows × width, or a shipped vector (width,) that serves all rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,7 +91,7 @@ def run(
     chain: Chain = unpack_chain(exchange.params)
     values = [as_rows(x).to(weights.device) for x in inputs]
     for step in chain.steps:
-        values.append(_compute(step, values, exchange, weights, linear))
+        values.append(compute_step(step, values, exchange, weights, linear))
     return [torch.cat([values[output] for output in chain.outputs], 1)]
 
 
@@ -174,13 +174,14 @@ def _follow_product(step: Instruction, a: _Value, exchange: Exchange, weights: W
     )
 
 
-def _compute(
+def compute_step(
     step: Instruction,
-    values: list[torch.Tensor],
+    values: Sequence[torch.Tensor],
     exchange: Exchange,
     weights: Weights,
-    linear: Linear,
+    linear: Linear = F.linear,
 ) -> torch.Tensor:
+    """One step's value, from the values before it."""
     kind, a, b, c, number = step
     if kind in _BINARY:
         return _BINARY[kind](values[a], values[b])

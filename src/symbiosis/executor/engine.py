@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 
 from symbiosis.errors import ConnectionLost, ExchangeFailed, InvalidInput, SymbiosisError
-from symbiosis.executor import batch, ops
+from symbiosis.executor import batch, ops, walks
 from symbiosis.executor.scheduler import Batch, Request, Scheduler, Terms
 from symbiosis.executor.stats import ClientStats, Stats
 from symbiosis.executor.tenants import Account
 from symbiosis.executor.weights import Weights
-from symbiosis.wire.exchange import Exchange, Op, Result
+from symbiosis.wire.exchange import Exchange, Op, Priority, Result
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ _FAILURES = (RuntimeError, MemoryError, ValueError, IndexError, TypeError)
 class _Pending(NamedTuple):
     exchange: Exchange
     reply: Reply
+    walk: walks.Walk | None = None  # of a chain that is computed product by product
 
 
 class Engine:
@@ -98,7 +99,7 @@ class Engine:
             self.stats.clients.pop(client, None)
             self._accounts.pop(client, None)
         for pending in dropped:
-            pending.reply(ConnectionLost("the client left before this exchange ran"))
+            pending.reply(_left())
 
     def account_of(self, client: int) -> Account | None:
         """Of the client's tenant; None if it has none."""
@@ -130,20 +131,30 @@ class Engine:
         with self._queue_lock:
             number = next(self._request_ids)
             account = self._accounts.get(client) if self._accounts else None
-            self._pending[number] = _Pending(exchange, reply)
+            now_s = self.clock()
+            walk = self._walk(client, exchange, now_s)
+            self._pending[number] = _Pending(exchange, reply, walk)
             self._scheduler.submit(
                 Request(
                     number,
                     client,
-                    batch.key(exchange, plan.joinable, number),
+                    walk.key if walk else batch.key(exchange, plan.joinable, number),
                     plan.rows,
                     exchange.priority,
-                    self.clock(),
+                    now_s,
                     opens=exchange.op is Op.EMBEDDING,
                     divisible=batch.divisible(exchange, plan.joinable),
                     tenant=account.tenant if account is not None else None,
                 )
             )
+
+    def _walk(self, client: int, exchange: Exchange, now_s: float) -> walks.Walk | None:
+        """A chain goes from product to product while others decode, who may need the same."""
+        if exchange.op is not Op.CHAIN or exchange.priority is not Priority.INTERACTIVE:
+            return None
+        if not (self._scheduler.meets(client, now_s) and walks.begins_with_product(exchange)):
+            return None
+        return walks.Walk(exchange, self.weights, now_s)
 
     def refused(self, client: int) -> None:
         """Count an exchange that was refused."""
@@ -168,21 +179,35 @@ class Engine:
                 pendings = [take(request.id) for request in chosen.requests]
                 pieces = self._pieces_of(chosen, pendings[0]) if chosen.is_piece else None
             if pieces is None:
-                results = self._compute([pending.exchange for pending in pendings])
+                results = self._compute([pending.walk or pending.exchange for pending in pendings])
                 now_s = self.clock()
-                compute_us = int((now_s - started_s) * 1e6)
+                spent_s = now_s - started_s
             else:
                 results = self._compute_piece(chosen, pieces)
                 now_s = self.clock()
                 pieces.elapsed_s += now_s - started_s
-                compute_us = int(pieces.elapsed_s * 1e6)
+                spent_s = pieces.elapsed_s
+            walking: list[tuple[Request, _Pending]] = []
             for request, pending, found in zip(chosen.requests, pendings, results, strict=False):
-                if isinstance(found, tuple):
-                    queue_us = max(0, int((now_s - request.arrived_s) * 1e6) - compute_us)
-                    pending.reply(Result(found, queue_us, compute_us, len(pendings)))
-                else:
+                if (walk := pending.walk) is not None:
+                    walk.walked(len(pendings), spent_s)
+                if found is None:
+                    walking.append((request, pending))
+                elif isinstance(found, SymbiosisError):
                     pending.reply(found)
-            self._account(chosen, pendings[0].exchange, started_s, now_s)
+                elif walk is not None:
+                    pending.reply(
+                        _result(
+                            found, walk.arrived_s, now_s, walk.elapsed_s, round(walk.mean_batch)
+                        )
+                    )
+                else:
+                    pending.reply(_result(found, request.arrived_s, now_s, spent_s, len(pendings)))
+            self._account(
+                chosen, pendings, [request.id for request, _ in walking], started_s, now_s
+            )
+            for request, pending in walking:
+                self._walk_on(request, pending, now_s)
         return True
 
     def wait_s(self) -> float | None:
@@ -213,22 +238,23 @@ class Engine:
         }
 
     def _compute(
-        self, exchanges: list[Exchange]
-    ) -> list[tuple[torch.Tensor, ...] | SymbiosisError]:
+        self, members: list[Exchange | walks.Walk]
+    ) -> list[tuple[torch.Tensor, ...] | SymbiosisError | None]:
         """A batch that fails is tried again one by one: one client's failure stays its own.
 
         Gradients are off: whoever runs the engine sees to that, once for its thread.
         """
         try:
-            return list(batch.compute(exchanges, self.weights))
+            return list(walks.compute(members, self.weights))
         except SymbiosisError as error:
-            if len(exchanges) == 1:
+            if len(members) == 1:
                 return [error]
-            return [self._compute([exchange])[0] for exchange in exchanges]
+            return [self._compute([member])[0] for member in members]
         except _FAILURES as error:
-            if len(exchanges) > 1:
-                return [self._compute([exchange])[0] for exchange in exchanges]
-            exchange = exchanges[0]
+            if len(members) > 1:
+                return [self._compute([member])[0] for member in members]
+            (member,) = members
+            exchange = member if isinstance(member, Exchange) else member.exchange
             name = self.weights[exchange.weights[0]].names[0]
             logger.warning(
                 "%s of %s on %s failed: %s",
@@ -239,6 +265,17 @@ class Engine:
             )
             return [ExchangeFailed(f"{exchange.op.name.lower()} on {name} failed: {error}")]
 
+    def _walk_on(self, request: Request, pending: _Pending, now_s: float) -> None:
+        """A chain goes on to its next product, unless its client has gone meanwhile."""
+        assert pending.walk is not None
+        next_product = request._replace(key=pending.walk.key, arrived_s=now_s, opens=False)
+        with self._queue_lock:
+            resumed = self._scheduler.resume(next_product)
+            if resumed:
+                self._pending[request.id] = pending
+        if not resumed:
+            pending.reply(_left())
+
     def _pieces_of(self, chosen: Batch, pending: _Pending) -> batch.Pieces:
         number = chosen.requests[0].id
         pieces = self._pieces.pop(number, None) or batch.Pieces(pending.exchange)
@@ -248,7 +285,7 @@ class Engine:
 
     def _compute_piece(
         self, chosen: Batch, pieces: batch.Pieces
-    ) -> list[tuple[torch.Tensor, ...] | SymbiosisError]:
+    ) -> list[tuple[torch.Tensor, ...] | SymbiosisError | None]:
         """Nothing yet, or with the last piece the whole result; a failure ends it at once."""
         (found,) = self._compute([pieces.exchange(chosen.start, chosen.start + chosen.rows)])
         if isinstance(found, tuple):
@@ -261,28 +298,56 @@ class Engine:
             self._pending.pop(number, None)
         return [found]
 
-    def _account(self, chosen: Batch, exchange: Exchange, started_s: float, now_s: float) -> None:
-        """After the answers have gone out: nobody waits for this."""
+    def _account(
+        self,
+        chosen: Batch,
+        pendings: list[_Pending],
+        walking: list[int],
+        started_s: float,
+        now_s: float,
+    ) -> None:
+        """After the answers have gone out: nobody waits for this. The requests in ``walking`` have
+        not been answered, nor has anybody by a piece that is not the last."""
         elapsed_s = now_s - started_s
-        size = len(chosen.requests) if chosen.completes else 0  # a piece answers nobody
+        size = len(chosen.requests) if chosen.completes else 0
         rows = max(1, chosen.rows)
         with self._queue_lock:
             self._scheduler.finished(chosen, now_s, elapsed_s)
-            self.stats.batch_ran(exchange.op, size, chosen.rows, now_s, elapsed_s)
-            for request in chosen.requests:
+            answered: list[Op] = []
+            for request, pending in zip(chosen.requests, pendings, strict=True):
                 stats = self.stats.clients.get(request.client)
                 account = self._tenants.get(request.tenant) if self._tenants else None
+                share_s = elapsed_s * (1.0 if chosen.is_piece else request.rows / rows)
+                done = chosen.completes and request.id not in walking
                 if account is not None:  # its client may have left meanwhile
-                    share = 1.0 if chosen.is_piece else request.rows / rows
-                    account.spent(elapsed_s * share, now_s)
-                if stats is not None:
-                    if chosen.is_piece:
-                        stats.rows += chosen.rows
-                        stats.compute_s += elapsed_s
-                    else:
-                        stats.rows += request.rows
-                        stats.compute_s += elapsed_s * request.rows / rows
-                    if chosen.completes:
-                        stats.exchanges += 1
-                        stats.batch_members += size
-                        stats.queue_s += started_s - request.arrived_s
+                    account.spent(share_s, now_s)
+                if done:
+                    answered.append(pending.exchange.op)
+                if stats is None:
+                    continue
+                stats.compute_s += share_s
+                if chosen.is_piece or done:
+                    stats.rows += chosen.rows if chosen.is_piece else request.rows
+                if done:
+                    walk = pending.walk
+                    stats.exchanges += 1
+                    stats.batch_members += walk.mean_batch if walk else size
+                    stats.queue_s += started_s - request.arrived_s
+            self.stats.batch_ran(size, answered, chosen.rows, now_s, elapsed_s)
+
+
+def _result(
+    tensors: tuple[torch.Tensor, ...],
+    arrived_s: float,
+    now_s: float,
+    compute_s: float,
+    batch_size: int,
+) -> Result:
+    """An answer to what came at ``arrived_s``: it waited whenever it was not computed."""
+    compute_us = int(compute_s * 1e6)
+    queue_us = max(0, int((now_s - arrived_s) * 1e6) - compute_us)
+    return Result(tensors, queue_us, compute_us, batch_size)
+
+
+def _left() -> ConnectionLost:
+    return ConnectionLost("the client left before this exchange ran")

@@ -71,11 +71,14 @@ class Rhythm:
         self._busy_s = 0.0
         self._stalled = False
 
-    def arrived(self, key: Hashable, opens: bool, now_s: float, looked_s: float) -> None:
+    def arrived(
+        self, key: Hashable, opens: bool, now_s: float, looked_s: float, walks: bool = False
+    ) -> None:
         """It has sent an exchange; ``opens`` hints that a token starts with it. It had not come
-        yet when the executor last looked, at ``looked_s``, before a batch."""
+        yet when the executor last looked, at ``looked_s``, before a batch. ``walks``: it has not
+        been sent, but follows in the executor from the one before."""
         self.at_start = self._starts(key, opens)
-        if self.answered_s is not None:
+        if self.answered_s is not None and not walks:
             self._observe_gap(now_s - self.answered_s, looked_s - self.answered_s)
         if self.at_start:
             self._start(now_s)

@@ -148,6 +148,25 @@ class Scheduler:
         if self.policy == "align" and request.priority is Priority.INTERACTIVE:
             self.alignment.arrived(client, request.key, request.opens, request.arrived_s)
 
+    def resume(self, request: Request) -> bool:
+        """Something that has just run in part goes on with ``request``, ahead of all else of its
+        client; False if that has gone."""
+        queue = self._queues.get(request.client)
+        if queue is None:
+            return False
+        if self._tenants:
+            self._tenants.arrived(request)
+        queue.appendleft(request)
+        self._last_seen_s[request.client] = request.arrived_s
+        if self.policy == "align" and request.priority is Priority.INTERACTIVE:
+            arrived_s = request.arrived_s
+            self.alignment.arrived(request.client, request.key, False, arrived_s, walks=True)
+        return True
+
+    def meets(self, client: int, now_s: float) -> bool:
+        """Does another client decode, which `Alignment` could bring together with this one?"""
+        return self.policy == "align" and self.alignment.anyone_but(client, now_s)
+
     def remove_client(self, client: int) -> list[int]:
         """A client has gone: forget it; the ids of its requests that will not run."""
         dropped = self._queues.pop(client, deque())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from symbiosis.wire.exchange import Op
@@ -22,7 +23,7 @@ class ClientStats:
     tenant: str | None = None
     exchanges: int = 0
     rows: int = 0
-    batch_members: int = 0  # sum of the sizes of the batches its exchanges ran in
+    batch_members: float = 0.0  # sum of the sizes of the batches its exchanges ran in
     queue_s: float = 0.0
     compute_s: float = 0.0  # its share, by rows, of the batches it was in
     bytes_in: int = 0
@@ -76,13 +77,16 @@ class Stats:
         self.compute_s = 0.0
         self.clients_seen = 0
 
-    def batch_ran(self, op: Op, size: int, rows: int, now_s: float, compute_s: float) -> None:
-        self.exchanges += size
+    def batch_ran(
+        self, size: int, answered: Sequence[Op], rows: int, now_s: float, compute_s: float
+    ) -> None:
+        """A batch of ``size`` exchanges, of which those that are at an end are ``answered``."""
+        self.exchanges += len(answered)
         if size:
             self.batches[size] += 1
-        self.operations[op] += size
+        self.operations.update(answered)
         self.compute_s += compute_s
-        self.exchange_rate.add(now_s, size)
+        self.exchange_rate.add(now_s, len(answered))
         self.row_rate.add(now_s, rows)
 
     def snapshot(self, now_s: float) -> dict[str, object]:
