@@ -1,8 +1,9 @@
 """1, 4 and 16 decoding clients of one executor against as many separate processes.
 
 The clients hold different adapters (LoRA of two ranks, IA3, prefix tuning) and decode greedily
-at their own pace. Peer: the same code with the whole model in each process. Memory is the peak
-of the proportional set size over all processes, executor included.
+at their own pace. Peer: the same code with the whole model in each process, as many of them or,
+with ``--separate``, no more than fit the machine. Speed is tokens/s over all; memory is the peak of
+the proportional set size over all processes, executor included.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--separate", type=int, default=1 << 30, help="the most peers that fit")
     model_options(parser)
     options = parser.parse_args()
     model, title, suffix = chosen_model(options)
     result: dict[str, Any] = {"model": title, "methods": METHODS}
     for count in options.clients:
-        theirs, their_peak, _ = one_side(str(model), [], count, options.tokens, options.rounds)
+        peers = min(count, options.separate)
+        theirs, their_peak, _ = one_side(str(model), [], peers, options.tokens, options.rounds)
         with executor(model) as served:
             ours, our_peak, stats = one_side(
                 served.unix, [served.pid], count, options.tokens, options.rounds
@@ -61,6 +64,7 @@ def main() -> None:
         mean_batch = sum(s["mean_batch"] for s in stats) / len(stats)
         result[str(count)] = {
             "split_tokens_per_s": ours.median,
+            "separate": peers,
             "separate_tokens_per_s": theirs.median,
             "speed_ratio": ours.median / theirs.median,
             "speed_spread": f"{ours.spread} against {theirs.spread}",
@@ -71,7 +75,7 @@ def main() -> None:
         }
         print(
             f"{count} decoders: split {ours.spread} tokens/s in {our_peak / 2**20:.0f} MiB (mean "
-            f"batch {mean_batch:.2f}), separate {theirs.spread} in {their_peak / 2**20:.0f} MiB: "
+            f"batch {mean_batch:.2f}), {peers} separate {theirs.spread} in {their_peak / 2**20:.0f} MiB: "
             f"speed × {ours.median / theirs.median:.2f}, memory ÷ {their_peak / our_peak:.2f}",
             flush=True,
         )

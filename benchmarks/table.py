@@ -38,9 +38,16 @@ def overhead(found: Found) -> list[str]:
     ]
 
 
+def against(count: str, row: Found) -> str:
+    """Of what number the peers are, where not as many fit."""
+    peers = row.get("separate", int(count))
+    return "" if peers == int(count) else f", peer: {peers} separate processes"
+
+
 def shared(found: Found, what: str) -> list[str]:
     return [
-        f"| {found['model']}: {count} {what}{'' if count == '1' else 's'} | "
+        f"| {found['model']}: {count} {what}{'' if count == '1' else 's'}"
+        f"{against(count, row)} | "
         f"{row['split_tokens_per_s']:.1f} against {row['separate_tokens_per_s']:.1f} tokens/s; "
         f"{row['split_bytes'] / 2**30:.2f} against {row['separate_bytes'] / 2**30:.2f} GiB | "
         f"speed **× {row['speed_ratio']:.2f}**, memory **÷ {row['memory_ratio']:.2f}** |"
