@@ -75,8 +75,9 @@ def main() -> None:
         }
         print(
             f"{count} decoders: split {ours.spread} tokens/s in {our_peak / 2**20:.0f} MiB (mean "
-            f"batch {mean_batch:.2f}), {peers} separate {theirs.spread} in {their_peak / 2**20:.0f} MiB: "
-            f"speed × {ours.median / theirs.median:.2f}, memory ÷ {their_peak / our_peak:.2f}",
+            f"batch {mean_batch:.2f}), {peers} separate {theirs.spread} in "
+            f"{their_peak / 2**20:.0f} MiB: speed × {ours.median / theirs.median:.2f}, "
+            f"memory ÷ {their_peak / our_peak:.2f}",
             flush=True,
         )
         save("decoding" + suffix, result)

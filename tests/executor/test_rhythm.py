@@ -97,3 +97,15 @@ def test_recent_is_a_sliding_window(values: list[float], size: int) -> None:
     assert recent.typical == last[len(last) // 2]
     assert recent.most == last[len(last) * 9 // 10]
     assert last[0] <= recent.typical <= recent.most <= last[-1]
+
+
+def test_what_follows_in_the_executor_is_a_step_of_the_token_but_no_gap() -> None:
+    """A chain of a, b and c, each computed for 1 s, and then a gap of 4 s."""
+    rhythm, now_s = Rhythm(), 0.0
+    for key in "Eabc" * 5 + "Eab":
+        rhythm.arrived(key, key.isupper(), now_s, -math.inf, walks=key in "bc")
+        rhythm.answered(1.0, now_s + 1.0)
+        now_s += 1.0 if key in "ab" else 5.0
+    assert rhythm.regular
+    assert [rhythm.steps_to(key) for key in "cEab"] == [0, 1, 2, 3]
+    assert rhythm.late_s == now_s + LATE * 4.0

@@ -67,13 +67,21 @@ class Traces(RuleBasedStateMachine):
     def pass_time(self, seconds: float) -> None:
         self.now_s += seconds
 
-    @rule(took_s=st.floats(0, 0.3))
-    def run(self, took_s: float) -> None:
+    @rule(took_s=st.floats(0, 0.3), then=st.sampled_from("abc "))
+    def run(self, took_s: float, then: str) -> None:
+        """Run a batch; with a key in ``then``, its requests go on with that."""
         batch = self.scheduler.next_batch(self.now_s)
-        if batch is not None:
-            self.check(batch)
-            self.now_s += took_s
-            self.scheduler.finished(batch, self.now_s, took_s)
+        if batch is None:
+            return
+        self.check(batch)
+        self.now_s += took_s
+        self.scheduler.finished(batch, self.now_s, took_s)
+        if then.isalpha() and batch.priority is Priority.INTERACTIVE:
+            for request in batch.requests:
+                goes_on = request._replace(key=then, arrived_s=self.now_s, opens=False)
+                assert self.scheduler.resume(goes_on)
+                self.waiting[request.client].insert(0, goes_on)
+                self.left.remove(request.id)
 
     @precondition(lambda self: any(self.waiting.values()))
     @rule()
@@ -242,3 +250,22 @@ def test_a_share_outside_its_range_is_refused(share: float) -> None:
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="align, greedy, lockstep, none"):
         Scheduler("fair")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_goes_on_comes_before_all_else_of_its_client(policy: Policy) -> None:
+    scheduler = Scheduler(policy)
+    for number in (1, 2):
+        scheduler.submit(request(number, client=1, key="a"))
+    assert ids(scheduler.next_batch(0.0)) == [1]
+    assert scheduler.resume(request(1, client=1, key="b"))
+    assert [ids(scheduler.next_batch(0.0)) for _ in range(2)] == [[1], [2]]
+
+
+def test_nothing_goes_on_of_a_client_that_has_left() -> None:
+    scheduler = Scheduler("align")
+    scheduler.submit(request(1, client=1))
+    assert ids(scheduler.next_batch(0.0)) == [1]
+    assert scheduler.remove_client(1) == []
+    assert not scheduler.resume(request(1, client=1, key="b"))
+    assert len(scheduler) == 0

@@ -5,9 +5,9 @@ come out. So it is tested without any of them, and a simulator can drive it with
 
 Invariants, stated once: every submitted request leaves exactly once, in a batch whose requests
 share one key and one priority (a large one in several pieces), or through `remove_client` or
-`withdraw`; requests of one client leave in the order in which they came; within a tenant, a client
-of weight 1 is passed over only in favour of one served longer ago, or for a bounded hold; between
-tenants, see `TenantShares`.
+`withdraw`; requests of one client leave in the order in which they came, after what goes on (see
+`resume`), which is another request each time; within a tenant, a client of weight 1 is passed over
+only in favour of one served longer ago, or for a bounded hold; between tenants, see `TenantShares`.
 """
 
 from __future__ import annotations
