@@ -269,9 +269,9 @@ def ratio(ours: Sample, theirs: Sample) -> Sample:
 def save(name: str, result: dict[str, Any]) -> None:
     """Write a benchmark's figures with where and when they were measured."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    commit = _git("rev-parse", "--short", "HEAD")
+    if _git("status", "--porcelain", "--", ".", ":!benchmarks/results"):
+        commit += "-dirty"
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {_cpu_model()}"
     where = {"commit": commit, "date": str(date.today()), "machine": machine}
     path = RESULTS / f"{name}.json"
@@ -284,3 +284,9 @@ def _cpu_model() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return "unknown CPU"
+
+
+def _git(*args: str) -> str:
+    return subprocess.run(
+        ["git", *args], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
