@@ -50,6 +50,8 @@ def compute(exchanges: list[Exchange], weights: Weights) -> list[tuple[torch.Ten
 
 def cat(rows: tuple[torch.Tensor, ...], device: torch.device) -> torch.Tensor:
     """Several clients' rows, which need not lie on one device: then on the weights' ``device``."""
+    if len(rows) == 1:
+        return rows[0]
     if any(x.device != rows[0].device for x in rows):
         rows = tuple(x.to(device) for x in rows)
     return torch.cat(rows)

@@ -44,7 +44,9 @@ class Terms(NamedTuple):
     """What a client may ask for when it attaches."""
 
     weight: float = 1.0  # its turn comes as if it had been served that many times longer ago
-    deadline_s: float = math.inf  # its exchanges are not held for others beyond that
+    deadline_s: float = (
+        math.inf
+    )  # no request of its (of a chain: product) is held longer for others
 
 
 class Batch(NamedTuple):

@@ -43,7 +43,7 @@ class Walk:
         self.elapsed_s = 0.0  # in batches
         self._members: list[int] = []  # how many walked along, at each product so far
         self.number = next(_numbers)
-        values = tuple(as_rows(x).to(weights.device) for x in exchange.tensors)
+        values = tuple(as_rows(x) for x in exchange.tensors)
         self.lane = _Lane(exchange, weights, (self.number,), (len(values[0]),), values)
 
     @property
@@ -82,9 +82,9 @@ def compute(
     lanes = _lanes(walks)
     asked = lanes[0].asked
     rows = (*(lane.asked.tensors[0] for lane in lanes), *(as_rows(e.tensors[0]) for e in plain))
-    joined = batch.cat(rows, weights.device) if len(rows) > 1 else rows[0]
     linear = F.linear if len(members) == 1 else linear_of_joined
     sizes = [len(x) for x in rows]
+    joined = batch.cat(rows, weights.device)
     outputs = [torch.split(y, sizes) for y in ops.run(asked, weights, (joined,), linear)]
     parts = list(zip(*outputs, strict=True))
     moved = [lane.after(part) for lane, part in zip(lanes, parts, strict=False)]
@@ -198,15 +198,17 @@ class _Lane:
 
 
 def _joined(lanes: list[_Lane]) -> _Lane:
-    first, *others = lanes
-    if not others:
+    """One lane of those with the same `start`."""
+    first, *_ = lanes
+    if first.at:
         return first
+    device = first.weights.device
     columns = zip(*(lane.values for lane in lanes), strict=True)
     return dataclasses.replace(
         first,
         walks=tuple(walk for lane in lanes for walk in lane.walks),
         sizes=tuple(size for lane in lanes for size in lane.sizes),
-        values=tuple(batch.cat(column, first.weights.device) for column in columns),
+        values=tuple(batch.cat(column, device).to(device) for column in columns),
     )
 
 
