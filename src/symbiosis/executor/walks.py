@@ -91,8 +91,6 @@ def compute(
     done: dict[int, torch.Tensor] = {}
     for lane in moved:
         done.update(zip(lane.walks, lane.results(), strict=False))
-        for number in lane.walks:
-            walks[number].lane = lane
     answers = iter(parts[len(lanes) :])
     found: list[tuple[torch.Tensor, ...] | None] = []
     for member in members:
@@ -100,6 +98,9 @@ def compute(
             found.append(tuple(batch.shaped(y, member) for y in next(answers)))
         else:
             found.append((done[member.number],) if member.number in done else None)
+    for lane in moved:  # nothing can fail any more
+        for number in lane.walks:
+            walks[number].lane = lane
     return found
 
 
