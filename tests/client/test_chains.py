@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -105,6 +107,37 @@ def test_adapters_decide_how_long_chains_are(base: Session, method: str) -> None
     local, remote = adapted
     assert torch.equal(decode(remote, 12), decode(local, 12))
     assert exchanges_per_token(base, remote) == most
+
+
+@torch.no_grad()
+def read(model: nn.Module, ids: Tensor) -> Tensor:
+    """The logits of every step when ``ids`` (1, n) are given one by one."""
+    out, steps = model(ids[:, :5], use_cache=True), []
+    for at in range(5, ids.shape[1]):
+        out = model(ids[:, at : at + 1], past_key_values=out.past_key_values)
+        steps.append(out.logits[:, -1])
+    return torch.stack(steps)
+
+
+def test_decoders_of_different_methods_at_once(serve: Serve) -> None:
+    """Their chains are computed product by product, with whoever is there."""
+    _, url = serve(tiny.llama())
+    with contextlib.ExitStack() as stack:
+        pairs = []
+        for number, (make, _) in enumerate(METHODS.values()):
+            pair = []
+            for model in (tiny.llama(), stack.enter_context(connect(url)).model()):
+                torch.manual_seed(number)
+                pair.append(get_peft_model(model, make()).eval())
+            pairs.append(pair)
+        ids = [tiny.tokens(1, 40, seed) for seed in range(len(pairs))]
+        with ThreadPoolExecutor(len(pairs)) as pool:
+            found = list(pool.map(read, [remote for _, remote in pairs], ids))
+        stats = stack.enter_context(connect(url)).executor_stats()
+    for (local, _), one, logits in zip(pairs, ids, found, strict=True):
+        torch.testing.assert_close(logits, read(local, one), rtol=1e-4, atol=1e-5)
+    computed = sum(int(size) * count for size, count in stats["batch_sizes"].items())
+    assert computed > stats["exchanges"], "no chain was computed in parts"
 
 
 def test_another_adapter_is_noticed_at_once(base: Session) -> None:
