@@ -358,8 +358,9 @@ def test_nothing_is_kept_of_a_chain_that_has_been_answered(engine: Engine, mlp: 
         heads, stream = rows(1)
         gone = weakref.ref(stream.untyped_storage())
         client.ask(mlp.whole(heads, stream))
-        assert drain(engine) == 1 + 3
         del heads, stream
+        assert gone() is not None
+        assert drain(engine) == 1 + 3
         assert gone() is None
     finally:
         gc.enable()
@@ -377,3 +378,19 @@ def test_time_and_batches_are_counted_over_the_whole_way(engine: Engine, mlp: Ml
     (answer,) = client.answers
     assert isinstance(answer, Result)
     assert answer.compute_us == pytest.approx(1e6 * engine.stats.compute_s, abs=3)
+
+
+def test_waiting_is_counted_at_every_stop(weights: Weights, mlp: Mlp) -> None:
+    """Batches run at 1, 2, 3 and 4 s and take no time; the first is another's."""
+    now_s = 0.0
+    engine = Engine(weights, Scheduler("align"), clock=lambda: now_s)
+    another_decodes(engine, mlp)
+    client = Client(engine)
+    client.ask(mlp.whole(*rows(1)))
+    for _ in range(4):
+        now_s += 1.0
+        assert engine.run_once()
+    (answer,) = client.answers
+    assert isinstance(answer, Result)
+    assert answer.queue_us == 4_000_000
+    assert engine.stats.clients[client.id].queue_s == 4.0

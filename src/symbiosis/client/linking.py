@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 from symbiosis.client.trace import Node
-from symbiosis.wire.chain import MAX_STEPS, Chain, Instruction, Step, pack_chain
+from symbiosis.wire.chain import MAX_STEPS, PRODUCTS, Chain, Instruction, Step, pack_chain
 from symbiosis.wire.exchange import Op
 from symbiosis.wire.views import Recipe
 
@@ -21,8 +21,6 @@ Member = tuple[Op, int, Recipe, int]
 
 SENT = -1
 """In place of an output's index: the input that was sent."""
-
-_PRODUCTS = {Op.LINEAR: Step.LINEAR, Op.MATMUL: Step.MATMUL, Op.EMBEDDING: Step.EMBEDDING}
 
 
 class Event(NamedTuple):
@@ -186,7 +184,7 @@ class _Writer:
     def _product(self, event: Event, value: int) -> None:
         op, weight, _, bias = event.member
         self._weights.append((weight, bias))
-        self._add(event.result, Instruction(_PRODUCTS[op], value, len(self._weights) - 1))
+        self._add(event.result, Instruction(PRODUCTS[op], value, len(self._weights) - 1))
 
     def _add(self, node: int, instruction: Instruction) -> None:
         self._values[node] = 1 + len(self._takes) + len(self.steps)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import torch
+import torch.nn.functional as F
 
 from symbiosis.executor import ops
 from symbiosis.executor.chain import as_rows
+from symbiosis.executor.few_rows import Linear
 from symbiosis.executor.few_rows import linear as linear_of_joined
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.exchange import RING_OPS, Exchange, Op
@@ -33,18 +35,21 @@ def key(exchange: Exchange, joinable: bool, unique: int) -> Hashable:
     )
 
 
-def compute(exchanges: list[Exchange], weights: Weights) -> list[tuple[torch.Tensor, ...]]:
-    """The result tensors of each exchange; all have the same `key`."""
+def compute(
+    exchanges: list[Exchange], weights: Weights, linear: Linear = F.linear
+) -> list[tuple[torch.Tensor, ...]]:
+    """The result tensors of each exchange; all have the same `key`. ``linear`` computes a batch of
+    one, which has rows of several clients if they have been joined before."""
     first = exchanges[0]
     if len(exchanges) == 1:
-        return [tuple(ops.run(first, weights, first.tensors))]
+        return [tuple(ops.run(first, weights, first.tensors, linear))]
     rows = [[_rows(exchange, x) for x in exchange.tensors] for exchange in exchanges]
     joined = tuple(cat(column, weights.device) for column in zip(*rows, strict=True))
     outputs = ops.run(first._replace(place=None), weights, joined, linear_of_joined)
     sizes = [row[0].shape[0] for row in rows]
     parts = [torch.split(output, sizes) for output in outputs]
     return [
-        tuple(shaped(part[i], exchange) for part in parts) for i, exchange in enumerate(exchanges)
+        tuple(_shaped(part[i], exchange) for part in parts) for i, exchange in enumerate(exchanges)
     ]
 
 
@@ -62,7 +67,7 @@ def _rows(exchange: Exchange, x: torch.Tensor) -> torch.Tensor:
     return x if exchange.op in RING_OPS else as_rows(x)
 
 
-def shaped(rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+def _shaped(rows: torch.Tensor, exchange: Exchange) -> torch.Tensor:
     """The rows of one client (T, O) in the leading shape of its input; a chain's and residues as
     they are."""
     if exchange.op is Op.CHAIN or exchange.op in RING_OPS:
@@ -98,7 +103,7 @@ class Pieces:
 
     def results(self) -> tuple[torch.Tensor, ...]:
         """As `compute` returns them, once all rows are there."""
-        return tuple(shaped(result, self._exchange) for result in self._results)
+        return tuple(_shaped(result, self._exchange) for result in self._results)
 
 
 def divisible(exchange: Exchange, joinable: bool) -> bool:

@@ -9,7 +9,7 @@ Every value is rows × width, or a shipped vector (width,) that serves all rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from symbiosis.errors import InvalidInput
 from symbiosis.executor.few_rows import Linear
 from symbiosis.executor.weights import Weights
-from symbiosis.wire.chain import CASTS, Chain, Instruction, Step, unpack_chain
+from symbiosis.wire.chain import CASTS, PRODUCTS, Chain, Instruction, Step, unpack_chain
 from symbiosis.wire.exchange import NO_BIAS, Exchange
 from symbiosis.wire.tensors import ITEM_BYTES, TensorSpec
 
 _IDS = (torch.int64, torch.int32)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_PRODUCTS = (Step.LINEAR, Step.MATMUL, Step.EMBEDDING)
+_PRODUCTS = frozenset(PRODUCTS.values())
 
 _BINARY: dict[Step, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     Step.ADD: torch.add,
@@ -91,7 +91,11 @@ def run(
     chain: Chain = unpack_chain(exchange.params)
     values = [as_rows(x).to(weights.device) for x in inputs]
     for step in chain.steps:
-        values.append(compute_step(step, values, exchange, weights, linear))
+        if step.step in _PRODUCTS:
+            weight, bias = exchange.weights[step.b], exchange.biases[step.b]
+            values.append(_product(step.step, values[step.a], weight, bias, weights, linear))
+        else:
+            values.append(compute_step(step, values, weights))
     return [torch.cat([values[output] for output in chain.outputs], 1)]
 
 
@@ -174,14 +178,8 @@ def _follow_product(step: Instruction, a: _Value, exchange: Exchange, weights: W
     )
 
 
-def compute_step(
-    step: Instruction,
-    values: Sequence[torch.Tensor],
-    exchange: Exchange,
-    weights: Weights,
-    linear: Linear = F.linear,
-) -> torch.Tensor:
-    """One step's value, from the values before it."""
+def compute_step(step: Instruction, values: list[torch.Tensor], weights: Weights) -> torch.Tensor:
+    """The value of a step that is no product, from the values before it."""
     kind, a, b, c, number = step
     if kind in _BINARY:
         return _BINARY[kind](values[a], values[b])
@@ -191,8 +189,6 @@ def compute_step(
         return _NUMBER[kind](values[a], number)
     if kind is Step.VECTOR:
         return weights.vector(a)
-    if kind in _PRODUCTS:
-        return _product(kind, values[a], exchange.weights[b], exchange.biases[b], weights, linear)
     if kind is Step.CAST:
         return values[a].to(CASTS[b])
     x = values[a]

@@ -154,7 +154,7 @@ class Engine:
             return None
         if not (self._scheduler.meets(client, now_s) and walks.begins_with_product(exchange)):
             return None
-        return walks.Walk(exchange, self.weights, now_s)
+        return walks.Walk(exchange, now_s)
 
     def refused(self, client: int) -> None:
         """Count an exchange that was refused."""
@@ -179,7 +179,8 @@ class Engine:
                 pendings = [take(request.id) for request in chosen.requests]
                 pieces = self._pieces_of(chosen, pendings[0]) if chosen.is_piece else None
             if pieces is None:
-                results = self._compute([pending.walk or pending.exchange for pending in pendings])
+                members = [pending.walk or pending.exchange for pending in pendings]
+                results = self._compute(members)
                 now_s = self.clock()
                 spent_s = now_s - started_s
             else:
@@ -206,8 +207,8 @@ class Engine:
             self._account(
                 chosen, pendings, [request.id for request, _ in walking], started_s, now_s
             )
-            for request, pending in walking:
-                self._walk_on(request, pending, now_s)
+            if walking:
+                self._walk_on(walking, now_s)
         return True
 
     def wait_s(self) -> float | None:
@@ -265,15 +266,17 @@ class Engine:
             )
             return [ExchangeFailed(f"{exchange.op.name.lower()} on {name} failed: {error}")]
 
-    def _walk_on(self, request: Request, pending: _Pending, now_s: float) -> None:
-        """A chain goes on to its next product, unless its client has gone meanwhile."""
-        assert pending.walk is not None
-        next_product = request._replace(key=pending.walk.key, arrived_s=now_s, opens=False)
+    def _walk_on(self, walking: list[tuple[Request, _Pending]], now_s: float) -> None:
+        """Chains go on to their next product, unless a client has gone meanwhile."""
+        gone = []
         with self._queue_lock:
-            resumed = self._scheduler.resume(next_product)
-            if resumed:
-                self._pending[request.id] = pending
-        if not resumed:
+            for request, pending in walking:
+                assert pending.walk is not None
+                if self._scheduler.resume(request._replace(key=pending.walk.key, arrived_s=now_s)):
+                    self._pending[request.id] = pending
+                else:
+                    gone.append(pending)
+        for pending in gone:
             pending.reply(_left())
 
     def _pieces_of(self, chosen: Batch, pending: _Pending) -> batch.Pieces:
@@ -326,13 +329,14 @@ class Engine:
                 if stats is None:
                     continue
                 stats.compute_s += share_s
+                if chosen.completes:  # at each stop of a chain it has waited anew
+                    stats.queue_s += started_s - request.arrived_s
                 if chosen.is_piece or done:
                     stats.rows += chosen.rows if chosen.is_piece else request.rows
                 if done:
                     walk = pending.walk
                     stats.exchanges += 1
                     stats.batch_members += walk.mean_batch if walk else size
-                    stats.queue_s += started_s - request.arrived_s
             self.stats.batch_ran(size, answered, chosen.rows, now_s, elapsed_s)
 
 

@@ -44,9 +44,7 @@ class Terms(NamedTuple):
     """What a client may ask for when it attaches."""
 
     weight: float = 1.0  # its turn comes as if it had been served that many times longer ago
-    deadline_s: float = (
-        math.inf
-    )  # no request of its (of a chain: product) is held longer for others
+    deadline_s: float = math.inf  # each of its requests is held for others that long at most
 
 
 class Batch(NamedTuple):
@@ -143,12 +141,8 @@ class Scheduler:
         if queue is None:
             queue = self._queues[client] = deque()
             self._last_served.setdefault(client, self._serial)
-        if self._tenants:
-            self._tenants.arrived(request)
         queue.append(request)
-        self._last_seen_s[client] = request.arrived_s
-        if self.policy == "align" and request.priority is Priority.INTERACTIVE:
-            self.alignment.arrived(client, request.key, request.opens, request.arrived_s)
+        self._arrived(request)
 
     def resume(self, request: Request) -> bool:
         """Something that has just run in part goes on with ``request``, ahead of all else of its
@@ -156,13 +150,8 @@ class Scheduler:
         queue = self._queues.get(request.client)
         if queue is None:
             return False
-        if self._tenants:
-            self._tenants.arrived(request)
         queue.appendleft(request)
-        self._last_seen_s[request.client] = request.arrived_s
-        if self.policy == "align" and request.priority is Priority.INTERACTIVE:
-            arrived_s = request.arrived_s
-            self.alignment.arrived(request.client, request.key, False, arrived_s, walks=True)
+        self._arrived(request, walks=True)
         return True
 
     def meets(self, client: int, now_s: float) -> bool:
@@ -228,6 +217,15 @@ class Scheduler:
             self.alignment.answered(request.client, elapsed_s, now_s)
         if any(queue and queue[0].priority for queue in self._queues.values()):
             self._training.passed_over(elapsed_s)
+
+    def _arrived(self, request: Request, walks: bool = False) -> None:
+        if self._tenants:
+            self._tenants.arrived(request)
+        self._last_seen_s[request.client] = request.arrived_s
+        if self.policy == "align" and request.priority is Priority.INTERACTIVE:
+            self.alignment.arrived(
+                request.client, request.key, request.opens, request.arrived_s, walks
+            )
 
     def _heads(self) -> list[Request]:
         return [queue[0] for queue in self._queues.values() if queue]

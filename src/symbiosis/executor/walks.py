@@ -20,45 +20,47 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from symbiosis.executor import batch, ops
+from symbiosis.executor import batch
 from symbiosis.executor.chain import as_rows, compute_step
 from symbiosis.executor.few_rows import linear as linear_of_joined
 from symbiosis.executor.weights import Weights
-from symbiosis.wire.chain import Instruction, Step, unpack_chain
+from symbiosis.wire.chain import PRODUCTS, Instruction, unpack_chain
 from symbiosis.wire.exchange import Exchange, Op
 from symbiosis.wire.tensors import spec_of
 
 _numbers = itertools.count(1)
 
-_OP_OF = {Step.LINEAR: Op.LINEAR, Step.MATMUL: Op.MATMUL, Step.EMBEDDING: Op.EMBEDDING}
+_OP_OF = {step: op for op, step in PRODUCTS.items()}
 
 
 class Walk:
     """One client's chain on its way, from product to product."""
 
-    def __init__(self, exchange: Exchange, weights: Weights, arrived_s: float) -> None:
+    def __init__(self, exchange: Exchange, arrived_s: float) -> None:
         """``exchange`` is checked, and `begins_with_product`."""
         self.exchange = exchange
         self.arrived_s = arrived_s
         self.elapsed_s = 0.0  # in batches
-        self._members: list[int] = []  # how many walked along, at each product so far
+        self._batches = self._members = 0
         self.number = next(_numbers)
         values = tuple(as_rows(x) for x in exchange.tensors)
-        self.lane = _Lane(exchange, weights, (self.number,), (len(values[0]),), values)
+        stops = _stops(exchange.weights, exchange.biases, exchange.params)
+        self.lane = _Lane(exchange, stops, (self.number,), (len(values[0]),), values)
 
     @property
     def key(self) -> Hashable:
         """What it waits for: the `batch.key` of the same products asked for plainly."""
-        return batch.key(self.lane.asked, True, 0)
+        return self.lane.key
 
     @property
     def mean_batch(self) -> float:
-        """Requests per product, over those computed."""
-        return sum(self._members) / len(self._members)
+        """Requests per batch that it was in."""
+        return self._members / self._batches
 
     def walked(self, members: int, elapsed_s: float) -> None:
-        """A product was computed for so many requests at once."""
-        self._members.append(members)
+        """It was in a batch of so many requests."""
+        self._batches += 1
+        self._members += members
         self.elapsed_s += elapsed_s
 
 
@@ -79,29 +81,21 @@ def compute(
     walks = {member.number: member for member in members if isinstance(member, Walk)}
     if not walks:
         return list(batch.compute(plain, weights))
-    lanes = _lanes(walks)
-    asked = lanes[0].asked
-    rows = (*(lane.asked.tensors[0] for lane in lanes), *(as_rows(e.tensors[0]) for e in plain))
     linear = F.linear if len(members) == 1 else linear_of_joined
-    sizes = [len(x) for x in rows]
-    joined = batch.cat(rows, weights.device)
-    outputs = [torch.split(y, sizes) for y in ops.run(asked, weights, (joined,), linear)]
-    parts = list(zip(*outputs, strict=True))
-    moved = [lane.after(part) for lane, part in zip(lanes, parts, strict=False)]
-    done: dict[int, torch.Tensor] = {}
-    for lane in moved:
-        done.update(zip(lane.walks, lane.results(), strict=False))
-    answers = iter(parts[len(lanes) :])
-    found: list[tuple[torch.Tensor, ...] | None] = []
-    for member in members:
-        if isinstance(member, Exchange):
-            found.append(tuple(batch.shaped(y, member) for y in next(answers)))
-        else:
-            found.append((done[member.number],) if member.number in done else None)
-    for lane in moved:  # nothing can fail any more
+    lanes = _lanes(walks, weights.device)
+    products = batch.compute([*(lane.asked for lane in lanes), *plain], weights, linear)
+    lanes = [lane.after(y, weights) for lane, y in zip(lanes, products, strict=False)]
+    answers = iter(products[len(lanes) :])
+    results: dict[int, tuple[torch.Tensor, ...]] = {}
+    for lane in lanes:
+        results.update(lane.results())
+    for lane in lanes:  # nothing can fail any more
         for number in lane.walks:
             walks[number].lane = lane
-    return found
+    return [
+        next(answers) if isinstance(member, Exchange) else results.get(member.number)
+        for member in members
+    ]
 
 
 class _Stop(NamedTuple):
@@ -109,25 +103,28 @@ class _Stop(NamedTuple):
     between them and the next ones."""
 
     op: Op
-    numbers: tuple[int, ...]  # of the weights, in the exchange
+    weights: tuple[int, ...]
+    biases: tuple[int, ...]
     source: int  # the value that is multiplied
-    then: tuple[Instruction, ...]
+    then: tuple[Instruction, ...] = ()
 
 
 @functools.lru_cache(maxsize=4096)
-def _stops(params: tuple[int, ...]) -> tuple[_Stop, ...]:
+def _stops(
+    weights: tuple[int, ...], biases: tuple[int, ...], params: tuple[int, ...]
+) -> tuple[_Stop, ...]:
     """The stops of a chain that begins with a product."""
     stops: list[_Stop] = []
     for step in unpack_chain(params).steps:
-        last = stops[-1] if stops else None
         op = _OP_OF.get(step.step)
         if op is None:
-            assert last is not None
-            stops[-1] = last._replace(then=(*last.then, step))
-        elif last and not last.then and (last.op, last.source) == (op, step.a):
-            stops[-1] = last._replace(numbers=(*last.numbers, step.b))
-        else:
-            stops.append(_Stop(op, (step.b,), step.a, ()))
+            stops[-1] = stops[-1]._replace(then=(*stops[-1].then, step))
+            continue
+        stop = _Stop(op, (weights[step.b],), (biases[step.b],), step.a)
+        if stops and not stops[-1].then and (stops[-1].op, stops[-1].source) == (op, step.a):
+            last = stops.pop()
+            stop = _Stop(op, last.weights + stop.weights, last.biases + stop.biases, step.a)
+        stops.append(stop)
     return tuple(stops)
 
 
@@ -136,7 +133,7 @@ class _Lane:
     """Walks of one chain that have come equally far, their rows joined."""
 
     exchange: Exchange
-    weights: Weights
+    stops: tuple[_Stop, ...]  # of the whole chain
     walks: tuple[int, ...]  # their numbers; a walk knows its lane, so that both are freed at once
     sizes: tuple[int, ...]  # rows of each walk
     values: tuple[torch.Tensor, ...]  # (T, width) or, as shipped vectors, (width,)
@@ -145,28 +142,29 @@ class _Lane:
     @functools.cached_property
     def asked(self) -> Exchange:
         """Its next products as a plain exchange, for the rows of all walks."""
-        stop = self._stops[self.at]
-        x = self.values[stop.source]
-        weights = tuple(self.exchange.weights[number] for number in stop.numbers)
-        biases = tuple(self.exchange.biases[number] for number in stop.numbers)
-        return Exchange(
-            stop.op, weights, biases, (), (), (spec_of(x),), (x,), self.exchange.priority
-        )
+        op, weights, biases, source, _ = self.stops[self.at]
+        x = self.values[source]
+        return Exchange(op, weights, biases, (), (), (spec_of(x),), (x,), self.exchange.priority)
 
-    def after(self, products: tuple[torch.Tensor, ...]) -> _Lane:
+    @functools.cached_property
+    def key(self) -> Hashable:
+        return batch.key(self.asked, True, 0)
+
+    def after(self, products: tuple[torch.Tensor, ...], weights: Weights) -> _Lane:
         """Where it is once its products are computed: at the next stop, or at the end."""
         values = [*self.values, *products]
-        for step in self._stops[self.at].then:
-            values.append(compute_step(step, values, self.exchange, self.weights))
+        for step in self.stops[self.at].then:
+            values.append(compute_step(step, values, weights))
         return dataclasses.replace(self, values=tuple(values), at=self.at + 1)
 
-    def results(self) -> tuple[torch.Tensor, ...]:
-        """At the end of the chain, of each walk its rows of the outputs; before, nothing."""
-        if self.at < len(self._stops):
-            return ()
+    def results(self) -> dict[int, tuple[torch.Tensor, ...]]:
+        """At the end of the chain, by walk, its rows of the outputs; before, nothing."""
+        if self.at < len(self.stops):
+            return {}
         outputs = unpack_chain(self.exchange.params).outputs
         joined = torch.cat([self.values[output] for output in outputs], 1)
-        return torch.split(joined, list(self.sizes))
+        parts = torch.split(joined, list(self.sizes))
+        return {walk: (part,) for walk, part in zip(self.walks, parts, strict=True)}
 
     def split(self) -> list[_Lane]:
         """One lane for each walk."""
@@ -186,24 +184,17 @@ class _Lane:
     @property
     def start(self) -> Hashable:
         """Equal for lanes that are all at the start of one chain, and so can be joined."""
-        exchange = self.exchange
-        program = (exchange.weights, exchange.biases, exchange.params)
-        return id(self) if self.at else (program, *(value.dtype for value in self.values))
-
-    @property
-    def _stops(self) -> tuple[_Stop, ...]:
-        return _stops(self.exchange.params)
+        return id(self) if self.at else batch.key(self.exchange, True, 0)
 
     def _is_vector(self, number: int) -> bool:
         return number >= len(self.exchange.tensors) and self.values[number].dim() == 1
 
 
-def _joined(lanes: list[_Lane]) -> _Lane:
+def _joined(lanes: list[_Lane], device: torch.device) -> _Lane:
     """One lane of those with the same `start`."""
     first, *_ = lanes
     if first.at:
         return first
-    device = first.weights.device
     columns = zip(*(lane.values for lane in lanes), strict=True)
     return dataclasses.replace(
         first,
@@ -213,7 +204,7 @@ def _joined(lanes: list[_Lane]) -> _Lane:
     )
 
 
-def _lanes(walks: dict[int, Walk]) -> list[_Lane]:
+def _lanes(walks: dict[int, Walk], device: torch.device) -> list[_Lane]:
     """The lanes of ``walks`` (by number) and of nobody else, as few as possible."""
     starts: dict[Hashable, list[_Lane]] = {}
     for lane in {id(walk.lane): walk.lane for walk in walks.values()}.values():
@@ -221,4 +212,4 @@ def _lanes(walks: dict[int, Walk]) -> list[_Lane]:
         for part in [lane] if whole else lane.split():
             if part.walks[0] in walks:
                 starts.setdefault(part.start, []).append(part)
-    return [_joined(lanes) for lanes in starts.values()]
+    return [_joined(lanes, device) for lanes in starts.values()]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from symbiosis.errors import ProtocolError
+from symbiosis.wire.exchange import Op
 
 MAX_STEPS = 256
 
@@ -50,6 +51,9 @@ class Step(enum.IntEnum):
     LAYER_NORM = 23  # a (..., D), weight b (D,), bias c (D,), ε = n
     RMS_NORM = 24  # a (..., D), weight b (D,), ε = n
 
+
+PRODUCTS = {Op.LINEAR: Step.LINEAR, Op.MATMUL: Step.MATMUL, Op.EMBEDDING: Step.EMBEDDING}
+"""The steps that are operations of their own, by what asks for them without a chain."""
 
 CASTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
