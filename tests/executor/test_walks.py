@@ -394,3 +394,25 @@ def test_waiting_is_counted_at_every_stop(weights: Weights, mlp: Mlp) -> None:
     assert isinstance(answer, Result)
     assert answer.queue_us == 4_000_000
     assert engine.stats.clients[client.id].queue_s == 4.0
+
+
+def test_who_all_ask_for_one_chain_need_no_stops(engine: Engine, mlp: Mlp) -> None:
+    """At first nobody knows; then it is computed at once, until somebody asks otherwise."""
+    clients = [Client(engine) for _ in range(3)]
+
+    def ask(*numbers: int) -> int:
+        """The batches that these need, in order; the last client asks for the shorter chain."""
+        for number in numbers:
+            make = mlp.short if number == 2 else mlp.whole
+            clients[number].answers.clear()
+            clients[number].ask(make(*rows(1, number)))
+        count = drain(engine)
+        for number in numbers:
+            expected = mlp.short_result if number == 2 else mlp.whole_result
+            assert close(tensor_of(clients[number]), expected(*rows(1, number)))
+        return count
+
+    assert ask(0, 1) > 1  # each has to meet the other once
+    assert ask(1, 0) > 1
+    assert ask(0, 1) == 1
+    assert ask(2, 0, 1) > 1

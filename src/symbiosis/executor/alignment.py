@@ -13,7 +13,7 @@ if nobody waited for anybody; later, no longer than the batch takes that is save
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 
 from symbiosis.executor.rhythm import Recent, Rhythm
 
@@ -105,10 +105,13 @@ class Alignment:
 
     def anyone_but(self, client: int, now_s: float) -> bool:
         """Is another client than ``client`` decoding?"""
-        return any(
-            other != client and (rhythm.answered_s is None or rhythm.late_s > now_s)
-            for other, rhythm in self._rhythms.items()
-        )
+        return any(other != client for other in self.decoding(now_s))
+
+    def decoding(self, now_s: float) -> Iterator[int]:
+        """The clients that wait for an exchange, or are not late with the next one."""
+        for client, rhythm in self._rhythms.items():
+            if rhythm.answered_s is None or rhythm.late_s > now_s:
+                yield client
 
     def _will_come(
         self, other: Rhythm, key: Hashable, at_start: bool, deadline_s: float, now_s: float

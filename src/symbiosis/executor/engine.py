@@ -58,6 +58,7 @@ class Engine:
         self._pieces: dict[int, batch.Pieces] = {}  # of requests computed in part
         self._accounts: dict[int, Account] = {}  # of clients that belong to a tenant
         self._tenants: dict[str | None, Account] = {}  # the same, and of clients that have left
+        self._company = walks.Company()
         self._request_ids = itertools.count(1)
         self._client_ids = itertools.count(1)
         self._queue_lock = threading.Lock()  # scheduler, pending, stats; held briefly
@@ -98,6 +99,7 @@ class Engine:
                 self._pieces.pop(id, None)
             self.stats.clients.pop(client, None)
             self._accounts.pop(client, None)
+            self._company.left(client)
         for pending in dropped:
             pending.reply(_left())
 
@@ -149,10 +151,13 @@ class Engine:
             )
 
     def _walk(self, client: int, exchange: Exchange, now_s: float) -> walks.Walk | None:
-        """A chain goes from product to product while others decode, who may need the same."""
+        """A chain goes from product to product while others decode who do not ask for it."""
         if exchange.op is not Op.CHAIN or exchange.priority is not Priority.INTERACTIVE:
             return None
-        if not (self._scheduler.meets(client, now_s) and walks.begins_with_product(exchange)):
+        others = self._scheduler.met_by(client, now_s)
+        if not others or not walks.begins_with_product(exchange):
+            return None
+        if self._company.alike(client, hash(batch.key(exchange, True, 0)), others):
             return None
         return walks.Walk(exchange, now_s)
 

@@ -154,9 +154,11 @@ class Scheduler:
         self._arrived(request, walks=True)
         return True
 
-    def meets(self, client: int, now_s: float) -> bool:
-        """Does another client decode, which `Alignment` could bring together with this one?"""
-        return self.policy == "align" and self.alignment.anyone_but(client, now_s)
+    def met_by(self, client: int, now_s: float) -> list[int]:
+        """The other clients that decode, which `Alignment` could bring together with this one."""
+        if self.policy != "align":
+            return []
+        return [other for other in self.alignment.decoding(now_s) if other != client]
 
     def remove_client(self, client: int) -> list[int]:
         """A client has gone: forget it; the ids of its requests that will not run."""

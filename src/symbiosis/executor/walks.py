@@ -1,10 +1,10 @@
 """Chains that stop at their products, where other clients' requests can join them.
 
 Decoders with different adapters ask for different chains, or for plain products, and all go
-through the same frozen weights in the same order. So while several clients decode, a chain is a
-`Walk`: for the scheduler, each product on the way is a request of its own, and whoever waits for
-the same one shares it, so that the weight is read once. Those who walk the same chain from its
-first product on are a lane and do the arithmetic between products together, too.
+through the same frozen weights in the same order. So while others decode who ask otherwise, a
+chain is a `Walk`: for the scheduler, each product on the way is a request of its own, and whoever
+waits for the same one shares it, so that the weight is read once. Those who walk the same chain
+from its first product on are a lane and do the arithmetic between products together, too.
 
 Knows tensors and weights; knows nothing of clients or time. Shapes: T rows, I in, O out.
 """
@@ -27,6 +27,8 @@ from symbiosis.executor.weights import Weights
 from symbiosis.wire.chain import PRODUCTS, Instruction, unpack_chain
 from symbiosis.wire.exchange import Exchange, Op
 from symbiosis.wire.tensors import spec_of
+
+_MOST_CHAINS = 256  # that are remembered of a client
 
 _numbers = itertools.count(1)
 
@@ -62,6 +64,25 @@ class Walk:
         self._batches += 1
         self._members += members
         self.elapsed_s += elapsed_s
+
+
+class Company:
+    """Which chains each client asks for: those whose company asks for the same need no stops."""
+
+    def __init__(self) -> None:
+        self._asked: dict[int, dict[Hashable, None]] = {}  # by client, the latest last
+
+    def alike(self, client: int, chain: Hashable, others: list[int]) -> bool:
+        """``client`` asks for ``chain``; has each of the ``others`` done so lately?"""
+        mine = self._asked.setdefault(client, {})
+        mine.pop(chain, None)
+        mine[chain] = None
+        if len(mine) > _MOST_CHAINS:
+            del mine[next(iter(mine))]
+        return all(chain in self._asked.get(other, ()) for other in others)
+
+    def left(self, client: int) -> None:
+        self._asked.pop(client, None)
 
 
 def begins_with_product(exchange: Exchange) -> bool:
