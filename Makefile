@@ -20,7 +20,8 @@ demo: setup  ## one executor, four fine-tuning clients, one streaming client
 	$(BIN)/python examples/demo.py
 
 test: setup  ## the test-suite
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest \
+		--numprocesses logical --maxprocesses 8 --dist worksteal
 
 check: setup  ## lint, formatting, types, import directions
 	$(BIN)/ruff check .

@@ -103,13 +103,15 @@ def chosen_model(options: argparse.Namespace) -> Chosen:
     return Chosen(folder, title, ("" if options.model == "110m" else f"-{options.model}") + bf16)
 
 
-def environment(*, passive: bool) -> dict[str, str]:
+def environment(*, passive: bool, ours: bool = False) -> dict[str, str]:
     """The environment of a measured process. ``passive``: OpenMP threads sleep while they wait,
-    as the `symbiosis` command arranges for itself; processes that share cores need it."""
+    which processes that share cores need; ``ours``: as the `symbiosis` command arranges it."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TOKENIZERS_PARALLELISM": "false"}
     env.pop("OMP_WAIT_POLICY", None)
     if passive:
         env["OMP_WAIT_POLICY"] = "passive"
+    if passive and ours:
+        env.setdefault("GOMP_SPINCOUNT", "100000")
     return env
 
 
@@ -135,7 +137,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment(passive=passive),
+            env=environment(passive=passive, ours="://" in model),
         )
         self.pid = self._process.pid
 
@@ -196,7 +198,7 @@ def executor(model: Path, *options: str) -> Iterator[Served]:
                 ],
                 stdout=sink,
                 stderr=sink,
-                env=environment(passive=True),
+                env=environment(passive=True, ours=True),
             )
         try:
             yield Served(unix, _tcp_url(process, log), process.pid)

@@ -29,6 +29,7 @@ def connect(
     retry_s: float = 60.0,
     silence_s: float | None = None,
     arena_bytes: int = 4 << 30,
+    borrow: bool = True,
     key: str | None = None,
     tls: Tls | None = None,
     expect_digest: str | None = None,
@@ -53,7 +54,9 @@ def connect(
     that is there may say nothing in mid-exchange before the connection counts as lost (None: it
     may compute as long as it likes). ``arena_bytes`` is the address space that is shared with an
     executor behind a UNIX socket, for large tensors; memory is taken as it is used, and 0 sends
-    everything through the socket. ``key`` is an API key, for executors that ask for one; it is
+    everything through the socket. ``borrow`` takes the weights that such an executor lends
+    (``symbiosis serve --lend``), and computes with them here; not with ``verify`` or ``privacy``.
+    ``key`` is an API key, for executors that ask for one; it is
     sent over tls:// or within the host only, and goes along when a session is pickled for a
     worker process. ``tls`` says what to trust and show at a tls:// address; by default the
     system's authorities are trusted. The hostname is always verified.
@@ -77,7 +80,11 @@ def connect(
     trust = Trust.of(expect_digest, verify, weights)
     chosen = Privacy.of(privacy)
     dial = functools.partial(
-        SocketChannel, timeout_s=timeout_s, silence_s=silence_s, arena_bytes=arena_bytes
+        SocketChannel,
+        timeout_s=timeout_s,
+        silence_s=silence_s,
+        arena_bytes=arena_bytes,
+        borrow=borrow and chosen.is_plain and not trust.verify,
     )
     make: Callable[..., Session] = Session
     if not chosen.is_plain:

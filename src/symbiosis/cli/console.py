@@ -134,15 +134,11 @@ def configure_logging() -> None:
 
 
 def share_cores() -> None:
-    """OpenMP's threads sleep while they wait instead of spinning: executor and clients share
-    the cores, and a spinning thread of one takes them from the other. Before torch is loaded."""
+    """OpenMP's threads sleep while they wait, because executor and clients share the cores; but
+    where nobody else is at work they stay awake for some 4 ms first, see `symbiosis.waiting`.
+    Before torch is loaded."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
-def answer_at_once() -> None:
-    """An executor's OpenMP threads stay awake for some 0.4 ms before they sleep: from one product
-    of a decoder to the next. Before torch is loaded; see decision 7."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
 
 
 def debugging() -> bool:

@@ -112,6 +112,15 @@ def serve(
             show_default="none",
         ),
     ] = None,
+    lend: Annotated[
+        bool,
+        typer.Option(
+            "--lend",
+            help="Lend the weights to clients of unix:// addresses: they map the same memory, "
+            "read-only, and compute with it themselves, at the speed of a process with the whole "
+            "model. For clients that may read all weights (--fetch); on the CPU.",
+        ),
+    ] = False,
     threads: console.Threads = None,
     supervise: Annotated[
         bool,
@@ -175,7 +184,6 @@ def serve(
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop)
-    console.answer_at_once()
     console.quiet_libraries()
     from symbiosis.executor.bounds import Bounds
     from symbiosis.executor.executor import Executor
@@ -196,6 +204,7 @@ def serve(
         training_share=training_share,
         fetch=fetch.value,
         masked=_bits(masked or []),
+        lend=lend,
         keys=keys,
         bounds=Bounds(connections=max_clients, memory_bytes=int(exchange_memory * 1e9)),
     )

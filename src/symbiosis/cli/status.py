@@ -40,7 +40,9 @@ def status(
     import symbiosis
 
     key, tls = access(key_file, tls_ca, tls_cert, tls_key)
-    with symbiosis.connect(base, name="status", retry_s=0, key=key, tls=tls) as session:
+    with symbiosis.connect(
+        base, name="status", retry_s=0, borrow=False, key=key, tls=tls
+    ) as session:
         if as_json:
             _print_json(session, once, interval)
         elif once:

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
 import symbiosis.client.lazy  # noqa: F401 - fills its part of the tables
-from symbiosis.client.remote_weight import ATEN, FUNCTIONS, RemoteWeight
+from symbiosis.client.remote_weight import ATEN, FUNCTIONS, PRODUCTS, RemoteWeight
 from symbiosis.errors import UnsupportedOperation
 from symbiosis.wire.exchange import NO_BIAS, Op
 
 aten = torch.ops.aten
+
+_FEW = 8  # rows that a decoder has at most
 
 _INPUT_GRADIENT = {Op.LINEAR: Op.MATMUL, Op.MATMUL: Op.LINEAR}
 
@@ -101,9 +103,18 @@ def _shared_bias(weight: RemoteWeight, bias: Tensor) -> int:
     return number if same and torch.equal(bias, original) else NO_BIAS
 
 
+def _is_done_here(weight: RemoteWeight, x: Tensor) -> bool:
+    """With a weight that is lent: always, but for a few rows that others' may join."""
+    if not weight._session.joins_others or torch.is_grad_enabled():
+        return True
+    return x.numel() > _FEW * x.shape[-1]
+
+
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if type(weight) is not RemoteWeight or not weight.is_matrix or type(input) is RemoteWeight:
         return NotImplemented
+    if (here := weight.here) is not None and _is_done_here(weight, input):
+        return F.linear(input, here, bias)
     return product(Op.LINEAR, input, weight, bias)
 
 
@@ -112,12 +123,16 @@ def _matmul(input: Any, other: Any, **unusual: Any) -> Any:
         return NotImplemented
     if unusual or input.dim() < 2:
         return NotImplemented
+    if (here := other.here) is not None and _is_done_here(other, input):
+        return input @ here
     return product(Op.MATMUL, input, other)
 
 
 def _addmm(input: Any, mat1: Any, mat2: Any, **scales: Any) -> Any:
     if type(mat2) is not RemoteWeight or isinstance(mat1, RemoteWeight) or scales:
         return NotImplemented
+    if (here := mat2.here) is not None and _is_done_here(mat2, mat1):
+        return torch.addmm(input, mat1, here)
     return product(Op.MATMUL, mat1, mat2, input)
 
 
@@ -138,6 +153,10 @@ def _embedding(
 
 
 def _lookup(weight: RemoteWeight, ids: Tensor) -> Tensor:
+    if weight.here is not None:
+        weight._session.begins()
+        if not (weight._session.joins_others and ids.numel() <= _FEW):
+            return F.embedding(ids, weight.here)
     return weight._session.lookup(ids, weight._weight, weight._recipe).to(weight.dtype)
 
 
@@ -364,3 +383,4 @@ ATEN.update(
         aten.convolution_backward.default: _aten_convolution_backward,
     }
 )
+PRODUCTS.update(func for func, handler in ATEN.items() if handler.__module__ == __name__)

@@ -33,6 +33,9 @@ FUNCTIONS: dict[Any, Handler] = {}
 ATEN: dict[Any, Handler] = {}
 """ATen overloads with a remote meaning; called with (overload, args, kwargs)."""
 
+PRODUCTS: set[Any] = set()
+"""Of those, the ones that are run here on weights that are lent."""
+
 READS: set[Any] = set()
 """ATen overloads that read the numbers: the weight is fetched and the overload run locally."""
 
@@ -52,6 +55,8 @@ class RemoteWeight(Tensor):
     _to_train = False  # about to become a Parameter that asks for a gradient
     _own = False  # a copy, not yet looked at by another handle: may be changed in place
     _memory: Tensor | None = None  # see `memory`
+    here: Tensor | None = None
+    """The numbers, if the executor lends them and they can be computed with as they lie."""
 
     @staticmethod
     def __new__(
@@ -78,6 +83,9 @@ class RemoteWeight(Tensor):
         self.is_matrix = like.dim() == 2
         self.like_dtype = like.dtype
         self.device_type = device.type
+        lent = session.lent(weight)
+        if lent is not None and (lent.dtype, lent.device) == (like.dtype, device):
+            self.here = look(lent, recipe)
 
     @property
     def _is_param(self) -> bool:
@@ -200,6 +208,10 @@ class RemoteWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in PRODUCTS:
+            here, there = _lent(args)
+            if not there:
+                return func(*here, **kwargs)
         handler = ATEN.get(func)
         if handler is not None:
             found = handler(func, args, kwargs)
@@ -254,6 +266,12 @@ def asker() -> str:
             return f" in {frame.f_code.co_name} ({module})"
         frame = frame.f_back
     return ""
+
+
+def _lent(args: tuple[Any, ...]) -> tuple[list[Any], bool]:
+    """With what is lent in place of remote weights, and whether one of them is not lent."""
+    here = [value.here if isinstance(value, RemoteWeight) else value for value in args]
+    return here, any(a is None and b is not None for a, b in zip(here, args, strict=True))
 
 
 def _fetched(value: Any, why: str) -> Any:

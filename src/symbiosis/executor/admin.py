@@ -46,6 +46,9 @@ class Administration:
     def detach(self, client: int) -> None:
         pass
 
+    def lend(self, client: int) -> None:
+        """Nothing: an operator computes nothing."""
+
     def answer(self, client: int, question: Json) -> tuple[Json, torch.Tensor]:
         """Raises ProtocolError for what is no verb, KeyStoreError, SymbiosisError."""
         verb = question.get("admin")

@@ -65,6 +65,8 @@ class Desk(Protocol):
 
     def detach(self, client: int) -> None: ...
 
+    def lend(self, client: int) -> tuple[int, Json] | None: ...
+
     def answer(self, client: int, question: Json) -> tuple[Json, torch.Tensor]: ...
 
 
@@ -364,7 +366,13 @@ class Connection:
                 logger.warning("client %d: its arena is not taken: %s", client, error)
                 welcome = {**welcome, "arena": str(error)}
             self._drop_descriptors()
-        self._send([json_frame(Kind.WELCOME, 0, welcome)])
+        lent = self._desk.lend(client) if hello.get("lend") and self._transport == "unix" else None
+        if lent is None:
+            self._send([json_frame(Kind.WELCOME, 0, welcome)])
+        else:
+            descriptor, table = lent
+            frame = json_frame(Kind.WELCOME, 0, {**welcome, "lent": table})
+            self._outbox.put([frame], descriptor)
 
     def _certificate_names(self) -> tuple[str, ...]:
         """Those that the client has shown."""

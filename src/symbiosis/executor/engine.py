@@ -22,6 +22,7 @@ from symbiosis.executor.scheduler import Batch, Request, Scheduler, Terms
 from symbiosis.executor.stats import ClientStats, Stats
 from symbiosis.executor.tenants import Account
 from symbiosis.executor.weights import Weights
+from symbiosis.waiting import sleep_at_once
 from symbiosis.wire.exchange import Exchange, Op, Priority, Result
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Engine:
         self._accounts: dict[int, Account] = {}  # of clients that belong to a tenant
         self._tenants: dict[str | None, Account] = {}  # the same, and of clients that have left
         self._company = walks.Company()
+        self._counted: dict[int, int] = {}  # exchanges by client, at the last look
         self._request_ids = itertools.count(1)
         self._client_ids = itertools.count(1)
         self._queue_lock = threading.Lock()  # scheduler, pending, stats; held briefly
@@ -166,6 +168,20 @@ class Engine:
         with self._queue_lock:
             if (stats := self.stats.clients.get(client)) is not None:
                 stats.refused += 1
+
+    def look_at_company(self) -> None:
+        """To be called about once a second. With one client at work the device's threads stay
+        awake for its next exchange; with more, they leave the cores to them. Clients that were
+        lent weights are told, and count as being at work as long as they are attached."""
+        with self._queue_lock:
+            counts = {id: each.exchanges for id, each in self.stats.clients.items()}
+            lent = [id for id, each in self.stats.clients.items() if each.lent]
+        working = {id for id, count in counts.items() if count != self._counted.get(id, 0)}
+        self._counted = counts
+        at_work = len(working.union(lent))
+        sleep_at_once(at_work > 1)
+        if self.weights.lender is not None:
+            self.weights.lender.announce(at_work)
 
     @property
     def waiting(self) -> bool:

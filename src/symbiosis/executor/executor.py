@@ -38,6 +38,7 @@ from symbiosis.executor.server import Server
 from symbiosis.executor.weights import Weights
 from symbiosis.privacy.modes import Bits
 from symbiosis.transport.inproc import InprocChannel
+from symbiosis.transport.lent import as_table
 from symbiosis.transport.sockets import Address
 from symbiosis.transport.tls import ServerTls
 from symbiosis.wire.exchange import Exchange, Result
@@ -102,6 +103,7 @@ class Executor:
         training_share: float = 0.2,
         fetch: FetchPolicy = "allow",
         masked: Sequence[Bits] = (),
+        lend: bool = False,
         keys: Path | None = None,
         bounds: Bounds = Bounds(),
     ) -> Executor:
@@ -109,9 +111,11 @@ class Executor:
 
         ``quantize`` keeps the matrices of the linear layers in eight bits (``int8``) or four
         (``nf4``); embeddings, the output head, convolutions and experts stay dense. ``masked``
-        offers masked exchanges to clients; see `Executor`.
+        offers masked exchanges to clients; see `Executor`. ``lend`` keeps the weights in memory
+        that clients on this host may map, read-only, to compute with by themselves; those that may
+        not fetch weights are lent none.
         """
-        weights = Weights.load(model, dtype=dtype, device=device, quantize=quantize)
+        weights = Weights.load(model, dtype=dtype, device=device, quantize=quantize, lend=lend)
         return cls(
             weights,
             policy=policy,
@@ -238,6 +242,15 @@ class Executor:
         if masked is not None:
             self._masked_clients.add(client)
         return client, self._welcome(client)
+
+    def lend(self, client: int) -> tuple[int, Json] | None:
+        """The descriptor of the memory that the weights lie in, and where; None if this client
+        is lent nothing."""
+        lender = self.weights.lender
+        if lender is None or self._fetch_policy(client) == "deny":
+            return None
+        self._engine.stats.clients[client].lent = True
+        return lender.descriptor, as_table(self.weights.lent)
 
     def detach(self, client: int) -> None:
         if self._guard is not None:

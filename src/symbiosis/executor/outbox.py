@@ -18,14 +18,18 @@ class Outbox:
         self.parts: deque[memoryview] = deque()
         self._socket = to
 
-    def put(self, parts: list[bytes | memoryview]) -> None:
-        """Never blocks; that the peer has gone is for the next read to say."""
+    def put(self, parts: list[bytes | memoryview], descriptor: int | None = None) -> None:
+        """Never blocks; that the peer has gone is for the next read to say. A ``descriptor`` goes
+        along with the first byte, over a UNIX socket that nothing waits for."""
         if self.parts:
             self.parts.extend(map(memoryview, parts))
             return
         assert isinstance(self._socket, socket.socket)
         try:
-            sent = self._socket.sendmsg(parts)
+            if descriptor is None:
+                sent = self._socket.sendmsg(parts)
+            else:
+                sent = socket.send_fds(self._socket, parts, [descriptor])
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -65,7 +69,8 @@ class EncryptedOutbox(Outbox):
         super().__init__(to)
         self._tls = to
 
-    def put(self, parts: list[bytes | memoryview]) -> None:
+    def put(self, parts: list[bytes | memoryview], descriptor: int | None = None) -> None:
+        assert descriptor is None
         if not self._tls.established:  # nothing can be said yet
             return
         if sum(map(len, parts)) <= _JOINED_BYTES:

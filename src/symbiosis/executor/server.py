@@ -266,6 +266,7 @@ class Server:
             connection.look(self.bounds, self.watched_s)
         self._listen_again()
         self.give_back(0)
+        self.engine.look_at_company()
 
     def _look_after_tenants(self, guard: Guard) -> None:
         now_s = self.engine.clock()

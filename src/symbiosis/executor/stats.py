@@ -30,6 +30,7 @@ class ClientStats:
     bytes_out: int = 0
     refused: int = 0
     fetches: int = 0
+    lent: bool = False  # it has the weights, and computes by itself
 
     @property
     def mean_batch(self) -> float:

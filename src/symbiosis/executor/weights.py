@@ -28,6 +28,7 @@ from symbiosis.executor import quantized
 from symbiosis.executor.model_files import read_model
 from symbiosis.executor.quantized import QuantizedMatrix, Scheme
 from symbiosis.privacy.ring import RingWeight
+from symbiosis.transport.lent import Lender
 from symbiosis.wire.tensors import ALIGNMENT
 from symbiosis.wire.views import Recipe, look
 
@@ -96,10 +97,13 @@ class Weights:
         name: str,
         folder: Path | None = None,
         quantize: Scheme | None = None,
+        lend: bool = False,
     ) -> None:
         """Take over the parameters of ``model``; ``folder`` holds its configuration and
         tokenizer files (written from the model when there is none). ``quantize`` keeps the
-        matrices of its linear layers in few bits, and empties the model of them."""
+        matrices of its linear layers in few bits, and empties the model of them. ``lend`` moves
+        its dense weights on the CPU into memory that clients on this host can map. Raises
+        ModelError."""
         if quantize is not None:
             quantized.check(quantize)
         self.name = name
@@ -116,7 +120,11 @@ class Weights:
         self.device = first.device
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._unpacking = torch.empty(0)
+        self.lent: dict[int, tuple[int, torch.dtype]] = {}  # where they lie, by id
+        self.lender = _lender(model) if lend else None
         self._take(model)
+        if self.lender is not None:
+            self.lender.seal()
         if quantize is not None and all(weight.quantized is None for weight in self):
             raise ModelError(
                 f"cannot host {name!r} in {quantize}: it has no linear layer that could be "
@@ -133,6 +141,7 @@ class Weights:
         dtype: torch.dtype | None = None,
         device: str = "cpu",
         quantize: Scheme | None = None,
+        lend: bool = False,
     ) -> Weights:
         """Load a local ``transformers`` folder or a hub id, safetensors only, no remote code.
 
@@ -142,8 +151,8 @@ class Weights:
         if quantize is not None:
             quantized.check(quantize)
         loaded, folder = read_model(model, dtype)
-        weights = cls(loaded.to(device).eval(), model, folder, quantize)
-        if quantize is not None:
+        weights = cls(loaded.to(device).eval(), model, folder, quantize, lend)
+        if quantize is not None or lend:
             del loaded
             _give_memory_back()
         logger.info("loaded %s in %.1f s", model, time.monotonic() - started)
@@ -252,6 +261,13 @@ class Weights:
         if self.quantization is not None:
             self._hosted[number] = self._quantized(self._hosted[number], output_dim)
             tensor.data = tensor.new_empty(0)  # the model is ours: nobody needs its numbers
+        hosted = self._hosted[number]
+        if self.lender is not None and hosted.quantized is None:
+            start, placed = self.lender.place(hosted.tensor)
+            self._hosted[number] = replace(hosted, tensor=placed)
+            self.lent[number] = start, placed.dtype
+            if self.quantization is None:
+                tensor.data = placed  # its own memory is needed no more
 
     def _quantized(self, hosted: HostedWeight, output_dim: int | None) -> HostedWeight:
         """What is left dense is copied, lest it keep the whole file in memory that it lies in."""
@@ -290,6 +306,17 @@ def _is_hosted(module: nn.Module, parameter: torch.Tensor) -> bool:
         return False
     experts = parameter.dim() == 3 and parameter.shape[0] > 1
     return isinstance(module, _PRODUCT_MODULES) or experts or parameter.numel() >= LARGE
+
+
+def _lender(model: PreTrainedModel) -> Lender:
+    """Memory for all that may be hosted. Raises ModelError."""
+    sizes = [parameter.nbytes + ALIGNMENT for parameter in model.parameters()]
+    if not next(model.parameters()).is_cpu:
+        raise ModelError("only weights in the CPU's memory can be lent: leave out --lend")
+    try:
+        return Lender(sum(sizes))
+    except (OSError, AttributeError) as error:
+        raise ModelError(f"this system has no memory to lend weights in: {error}") from None
 
 
 def _give_memory_back() -> None:

@@ -273,7 +273,7 @@ class Arena:
 
 _forkable: weakref.WeakSet[Arena] = weakref.WeakSet()
 _closed: set[Arena] = set()  # that tensors still see; held here for `_watch_forks`
-_MAP_NORESERVE = 0x4000
+MAP_NORESERVE = 0x4000
 
 
 def _privatise_after_fork(arena: Arena) -> None:
@@ -302,7 +302,7 @@ def _watch_forks() -> None:
 def _map_private(address: int, size: int) -> None:
     mmap_at = ctypes.CDLL(None).mmap
     mmap_at.restype = ctypes.c_void_p
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10 | _MAP_NORESERVE  # 0x10: MAP_FIXED
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10 | MAP_NORESERVE  # 0x10: MAP_FIXED
     protection = mmap.PROT_READ | mmap.PROT_WRITE
     length, no_offset = ctypes.c_size_t(size), ctypes.c_long(0)
     found = mmap_at(ctypes.c_void_p(address), length, protection, flags, -1, no_offset)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from symbiosis.transport.lent import Lent
 from symbiosis.wire.exchange import Exchange, Result
 from symbiosis.wire.frames import Json
 
@@ -16,6 +17,10 @@ class Channel(Protocol):
     @property
     def welcome(self) -> Json:
         """What the executor said of itself when this channel was opened."""
+
+    @property
+    def lent(self) -> Lent | None:
+        """The weights that the executor lends, if it does, over this transport."""
 
     def exchange(self, exchange: Exchange) -> Result:
         """Send one exchange and wait for its result.

@@ -35,6 +35,8 @@ class Host(Protocol):
 class InprocChannel:
     """See `Channel`; the result's tensors are the engine's own outputs."""
 
+    lent = None
+
     def __init__(self, host: Host, hello: Json) -> None:
         self._host = host
         self._client, self.welcome = host.attach(hello)

@@ -27,7 +27,8 @@ from symbiosis.errors import (
     SymbiosisError,
     from_code,
 )
-from symbiosis.transport.arena import Arena, Laid
+from symbiosis.transport.arena import Arena, Laid, receive_with_descriptors
+from symbiosis.transport.lent import Lent
 from symbiosis.transport.tls import Secret, Tls, client_context, reason_of, secure
 from symbiosis.wire.checksums import checked
 from symbiosis.wire.exchange import Exchange, Result, pack_exchange, unpack_result
@@ -209,6 +210,7 @@ class SocketChannel:
         timeout_s: float = 10.0,
         silence_s: float | None = None,
         arena_bytes: int = 0,
+        borrow: bool = False,
         key: Secret | None = None,
         tls: Tls | None = None,
     ) -> None:
@@ -216,9 +218,9 @@ class SocketChannel:
         ``silence_s`` in mid-exchange counts as lost, if that is given.
 
         ``arena_bytes`` is the address space of the memory that is shared with an executor behind
-        a UNIX socket, 0 for none; without it everything goes through the socket. ``key`` goes
-        into the greeting. Raises ConnectionFailed, AuthenticationFailed, QuotaExceeded,
-        ProtocolError.
+        a UNIX socket, 0 for none; without it everything goes through the socket. ``borrow`` takes
+        the weights that such an executor lends. ``key`` goes into the greeting. Raises
+        ConnectionFailed, AuthenticationFailed, QuotaExceeded, ProtocolError.
         """
         self._url = url
         self._request = 0
@@ -229,9 +231,16 @@ class SocketChannel:
         self._checked = address.path is None and not address.is_tls  # which checks by itself
         self._reader = FrameReader(_CLIENT_LIMITS, self._awaited.admit, checked=self._checked)
         self._arena = self._make_arena(arena_bytes)
+        self.lent: Lent | None = None
+        self._borrowing = borrow and address.path is not None
+        self._descriptor = -1  # of the memory that is lent, until it is mapped
+        if self._borrowing:
+            hello = {**hello, "lend": True}
         try:
             self._greet(hello if key is None else {**hello, "key": key.value})
             self.welcome = self._expect(Kind.WELCOME).json()
+            if self._borrowing:
+                self._borrow(self.welcome.pop("lent", None))
             limit = self.welcome.get("max_payload_bytes")
             self._max_payload_bytes = limit if isinstance(limit, int) else 1 << 30
         except ConnectionLost as error:
@@ -287,8 +296,17 @@ class SocketChannel:
         frame = self._expect(Kind.REPLY)
         return frame.json(), frame.payload
 
+    def _borrow(self, table: object) -> None:
+        self._borrowing = False
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            self.lent = Lent(descriptor, table)
+
     def close(self) -> None:
         self._socket.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
         if self._arena is not None:
             self._arena.close()
         self._arena = self._awaited.laid = None  # tensors that lie there keep the memory
@@ -384,7 +402,10 @@ class SocketChannel:
     def _receive(self) -> Frame:
         while (frame := self._reader.next()) is None:
             try:
-                received = self._socket.recv_into(self._reader.buffer())
+                if self._borrowing:
+                    received = self._receive_with_memory()
+                else:
+                    received = self._socket.recv_into(self._reader.buffer())
             except OSError as error:
                 raise self._lost(error) from None
             if not received:
@@ -394,6 +415,15 @@ class SocketChannel:
             self.close()
             raise frame.error
         return frame
+
+    def _receive_with_memory(self) -> int:
+        """While the WELCOME is awaited, with which the executor hands over its memory."""
+        received, descriptors = receive_with_descriptors(self._socket, self._reader.buffer())
+        for descriptor in descriptors:
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+            self._descriptor = descriptor
+        return received
 
     def _lost(self, error: OSError | None) -> SymbiosisError:
         self.close()

@@ -1,0 +1,142 @@
+"""Weights in memory that an executor lends to clients on its host.
+
+The executor fills it once and seals it: whoever gets the descriptor maps the same pages, can
+neither write nor shrink them, and has no copy of its own. Knows memory and tensors; knows nothing
+of models.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+
+import torch
+
+from symbiosis.errors import ProtocolError
+from symbiosis.transport.arena import MAP_NORESERVE
+from symbiosis.wire.frames import Json
+from symbiosis.wire.tensors import ALIGNMENT
+
+_COUNT = struct.Struct("<I")
+_SEAL_FUTURE_WRITE = 0x10
+"""Linux 5.1: no further mapping may write, those that exist may. Not in `fcntl` before 3.13."""
+
+
+class Lender:
+    """The executor's side: memory that grows weight by weight, up to ``most_bytes``.
+
+    Fill it in one thread, then `seal` it. Survives a fork: the child lends the same memory.
+    """
+
+    def __init__(self, most_bytes: int) -> None:
+        """Address space for ``most_bytes``; memory is taken as it is filled. Raises OSError where
+        the system has no such memory."""
+        self.descriptor = os.memfd_create("symbiosis-weights", os.MFD_ALLOW_SEALING)
+        os.set_inheritable(self.descriptor, False)
+        self.num_bytes = -(-most_bytes // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE
+        try:
+            os.ftruncate(self.descriptor, self.num_bytes)
+            self._map = mmap.mmap(self.descriptor, self.num_bytes)
+        except BaseException:
+            os.close(self.descriptor)
+            raise
+        self._end = mmap.PAGESIZE  # before it: what is announced
+
+    def announce(self, clients: int) -> None:
+        """Tell those who borrow how many clients are at work."""
+        _COUNT.pack_into(self._map, 0, clients)
+
+    def place(self, tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
+        """A contiguous copy of ``tensor`` in the memory, and where it begins."""
+        start = -(-self._end // ALIGNMENT) * ALIGNMENT
+        placed = _tensor_at(self._map, start, tensor.dtype, tuple(tensor.shape))
+        placed.copy_(tensor)
+        self._end = start + tensor.nbytes
+        return start, placed
+
+    def seal(self) -> None:
+        """From now on nobody can change it: neither its size, nor, through the descriptor, what
+        is in it. Raises OSError before Linux 5.1."""
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _SEAL_FUTURE_WRITE
+        fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
+
+    def close(self) -> None:
+        """Lend no more; whoever has it mapped keeps it. Idempotent."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+class Lent:
+    """The client's side: an executor's weights, mapped. Tensors keep the mapping alive."""
+
+    def __init__(self, descriptor: int, table: object) -> None:
+        """Takes ``descriptor`` over. ``table``: where each weight begins and its dtype, by id,
+        as WELCOME says. Raises ProtocolError, OSError."""
+        try:
+            self._at = _checked_table(table)
+            if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+                raise ProtocolError("the executor lends memory that is not sealed")
+            # Private: whoever writes by mistake writes into a copy of the page.
+            self._map = mmap.mmap(
+                descriptor,
+                os.fstat(descriptor).st_size,
+                mmap.MAP_PRIVATE | MAP_NORESERVE,
+                mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+        finally:
+            os.close(descriptor)
+
+    def __contains__(self, weight: int) -> bool:
+        return weight in self._at
+
+    @property
+    def clients(self) -> int:
+        """How many clients are at work, by what the executor last announced."""
+        found: int = _COUNT.unpack_from(self._map)[0]
+        return found
+
+    def tensor(self, weight: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """The weight of that id; not to be changed. Raises ProtocolError."""
+        start, dtype = self._at[weight]
+        try:
+            return _tensor_at(self._map, start, dtype, shape)
+        except ValueError:
+            raise ProtocolError(
+                f"the executor lends weight {weight} of the shape {list(shape)} at {start}, which "
+                f"is not within the {len(self._map)} bytes that it lends"
+            ) from None
+
+
+def _checked_table(table: object) -> dict[int, tuple[int, torch.dtype]]:
+    found = {}
+    try:
+        for number, (start, dtype) in table.items():  # type: ignore[attr-defined]
+            found[int(number)] = (int(start), getattr(torch, str(dtype)))
+            if start % ALIGNMENT or not isinstance(found[int(number)][1], torch.dtype):
+                raise ValueError(f"weight {number} at {start}, {dtype}")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ProtocolError(
+            f"the executor's table of lent weights makes no sense: {error}"
+        ) from None
+    return found
+
+
+def as_table(at: dict[int, tuple[int, torch.dtype]]) -> Json:
+    """What WELCOME says of the weights that lie in lent memory."""
+    return {
+        str(number): [start, str(dtype).removeprefix("torch.")]
+        for number, (start, dtype) in at.items()
+    }
+
+
+def _tensor_at(
+    memory: mmap.mmap, start: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """Raises ValueError if it is not within the memory."""
+    count = torch.Size(shape).numel()
+    if start < 0 or start + count * dtype.itemsize > len(memory):
+        raise ValueError("beyond the end")
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=start).view(shape)
