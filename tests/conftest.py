@@ -55,9 +55,9 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     started: list[Executor] = []
 
     def start(
-        model: PreTrainedModel, *, tcp: bool = False, **options: object
+        model: PreTrainedModel, *, tcp: bool = False, lend: bool = False, **options: object
     ) -> tuple[Executor, str]:
-        executor = Executor(Weights(model, "tiny"), **options)  # type: ignore[arg-type]
+        executor = Executor(Weights(model, "tiny", lend=lend), **options)  # type: ignore[arg-type]
         started.append(executor)
         wanted = "tcp://127.0.0.1:0" if tcp else f"unix://{tmp_path}/base{len(started)}.sock"
         return executor, executor.listen([wanted])[0]

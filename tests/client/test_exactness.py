@@ -19,10 +19,12 @@ from symbiosis import Executor, Session, connect
 Serve = Callable[..., tuple[Executor, str]]
 
 
-@pytest.fixture(params=["inproc", "unix", "tcp"])
+@pytest.fixture(params=["inproc", "unix", "tcp", "lent"])
 def remote(request: pytest.FixtureRequest, architecture: str, serve: Serve) -> Iterator[Session]:
     """A session with an executor that hosts ``architecture``."""
-    executor, url = serve(tiny.BUILDERS[architecture](), tcp=request.param == "tcp")
+    executor, url = serve(
+        tiny.BUILDERS[architecture](), tcp=request.param == "tcp", lend=request.param == "lent"
+    )
     with connect(executor if request.param == "inproc" else url) as session:
         yield session
 

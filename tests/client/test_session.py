@@ -230,6 +230,8 @@ def test_a_refused_fetch_names_who_asked(serve: Callable[..., tuple[Executor, st
 class Scripted:
     """A channel that does one scripted thing after another: an exception to raise, or answers."""
 
+    lent = None
+
     def __init__(self, script: list[object], welcome: Json | None = None) -> None:
         self.welcome: Json = welcome or {
             "weights": [{"id": 1, "names": ["w"], "shape": [2, 2]}],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -20,6 +21,7 @@ from symbiosis.errors import (
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.scheduler import Scheduler
 from symbiosis.executor.weights import Weights
+from symbiosis.transport.lent import Lent, as_table
 from symbiosis.wire.exchange import Exchange, Op, Result
 from symbiosis.wire.tensors import TensorSpec
 from symbiosis.wire.views import View
@@ -221,3 +223,29 @@ def test_empty_inputs_have_empty_results(engine: Engine, weights: Weights) -> No
     assert isinstance(answers[0], Result)
     assert answers[0].tensors[0].shape == (0, 64)
     assert asked.specs == (TensorSpec(torch.float32, (0, 32)),)
+
+
+def test_who_is_at_work_is_announced() -> None:
+    """Who has had something computed since the last look, and who computes by itself."""
+    weights = Weights(tiny.llama(), "tiny", lend=True)
+    engine = Engine(weights, Scheduler("greedy"))
+    assert weights.lender is not None
+    lent = Lent(os.dup(weights.lender.descriptor), as_table(weights.lent))
+    first, second, borrower = (client_of(engine) for _ in range(3))
+    x = torch.randn(1, 32)
+
+    def seen(*working: int) -> int:
+        for client in working:
+            submit(engine, client, linear(weights, x))
+        drain(engine)
+        engine.look_at_company()
+        return lent.clients
+
+    assert seen() == 0
+    assert seen(first) == 1
+    assert seen(first, second) == 2
+    assert seen() == 0
+    engine.stats.clients[borrower].lent = True
+    assert (seen(), seen(first), seen(borrower)) == (1, 2, 1)
+    engine.remove_client(borrower)
+    assert seen() == 0

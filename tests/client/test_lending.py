@@ -1,0 +1,299 @@
+"""Clients that compute with weights which the executor lends; `test_exactness` has the numbers."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+import tiny
+import tiny_files
+from command_line import Served, finish, run
+from command_line import serve as serve_process
+from symbiosis import Executor, Session, connect
+from symbiosis.client import session as session_module
+from symbiosis.client.remote_weight import RemoteWeight
+from symbiosis.errors import FetchRefused, ModelError
+
+Serve = Callable[..., tuple[Executor, str]]
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture
+def url(serve: Serve) -> str:
+    """An executor that lends a tiny Llama."""
+    return serve(tiny.llama(), lend=True)[1]
+
+
+def up(model: PreTrainedModel) -> RemoteWeight:
+    weight = model.get_submodule(UP).weight
+    assert type(weight) is RemoteWeight
+    return weight
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(ids).logits
+    return found
+
+
+def train(model: PreTrainedModel) -> torch.Tensor:
+    """One step's gradient of a norm, which is the client's own."""
+    norm = model.get_submodule("model.norm").weight.requires_grad_(True)
+    ids = tiny.tokens()
+    return torch.autograd.grad(model(ids, labels=ids).loss, [norm])[0]
+
+
+def test_nothing_is_sent_and_nothing_is_copied(url: str, local: PreTrainedModel) -> None:
+    with connect(url) as session:
+        model = session.model()
+        assert torch.equal(logits(model, tiny.tokens()), logits(local, tiny.tokens()))
+        assert torch.equal(train(model), train(local))
+        stats = session.stats()
+        assert (stats.exchanges, stats.fetched_bytes) == (0, 0)
+        numbers = up(model).here
+        assert numbers is not None
+        assert "memfd:symbiosis-weights" in file_of(numbers)
+        (client,) = session.executor_stats()["clients"].values()
+        assert client["lent"]
+
+
+def file_of(numbers: torch.Tensor) -> str:
+    """The inode and the name of the file that a tensor lies in."""
+
+    def holds(line: str) -> bool:
+        first, last = (int(each, 16) for each in line.split()[0].split("-"))
+        return first <= numbers.data_ptr() < last
+
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    (found,) = (" ".join(line.split()[4:]) for line in maps if holds(line))
+    return found
+
+
+def test_reading_a_weight_costs_nothing(url: str, local: PreTrainedModel) -> None:
+    with connect(url) as session:
+        weight = up(session.model())
+        assert torch.equal(weight.fetch("a test"), up_of(local))
+        assert torch.equal(weight.norm(), up_of(local).norm())
+        assert session.stats().fetched_bytes == 0
+
+
+def up_of(local: PreTrainedModel) -> torch.Tensor:
+    found = local.get_submodule(UP).weight
+    assert isinstance(found, torch.Tensor)
+    return found.detach()
+
+
+def test_what_a_client_changes_is_its_own(url: str, local: PreTrainedModel) -> None:
+    with connect(url) as mine, connect(url) as theirs:
+        model = mine.model()
+        with torch.no_grad():
+            model.get_submodule(UP).weight.mul_(2)
+            model.get_submodule(UP).weight.data += 1
+        changed = model.get_submodule(UP).weight
+        assert torch.equal(changed.detach(), 2 * up_of(local) + 1)
+        assert torch.equal(logits(theirs.model(), tiny.tokens()), logits(local, tiny.tokens()))
+
+
+@pytest.mark.parametrize(
+    "terms", [{"borrow": False}, {"verify": 0.5}, {"privacy": "noise"}], ids=str
+)
+def test_who_does_not_borrow_sends(url: str, terms: dict[str, object]) -> None:
+    with connect(url, **terms) as session:  # type: ignore[arg-type]
+        model = session.model()
+        assert up(model).here is None
+        logits(model, tiny.tokens())
+        assert session.stats().exchanges > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"tcp": True, "lend": True}, {"fetch": "deny", "lend": True}, {}]
+)
+def test_who_is_lent_nothing_sends(
+    serve: Serve, options: dict[str, object], local: PreTrainedModel
+) -> None:
+    _, url = serve(tiny.llama(), **options)
+    with connect(url) as session:
+        model = session.model()
+        assert torch.equal(logits(model, tiny.tokens()), logits(local, tiny.tokens()))
+        assert session.stats().exchanges > 0
+        (client,) = session.executor_stats()["clients"].values()
+        assert not client["lent"]
+
+
+def test_fetch_deny_is_obeyed(serve: Serve) -> None:
+    _, url = serve(tiny.llama(), lend=True, fetch="deny")
+    with connect(url) as session, pytest.raises(FetchRefused):
+        up(session.model()).fetch("a test")
+
+
+def test_another_dtype_is_computed_by_the_executor(url: str) -> None:
+    with connect(url) as session:
+        model = session.model(dtype=torch.bfloat16)
+        assert up(model).here is None
+        logits(model, tiny.tokens())
+        assert session.stats().exchanges > 0
+
+
+def test_a_pinned_model(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every lent weight is compared before it is used."""
+    with connect(url) as session:
+        digest = session.digest
+    with connect(url, expect_digest=digest) as session:
+        assert up(session.model()).here is not None
+        assert session.stats().exchanges == 0
+    wrong = torch.zeros(0)
+    monkeypatch.setattr(
+        "symbiosis.transport.lent.Lent.tensor", lambda self, weight, shape: wrong.new_ones(shape)
+    )
+    with connect(url, expect_digest=digest) as session, pytest.raises(ModelError, match="digest"):
+        session.model()
+
+
+def test_the_memory_outlives_session_and_executor(serve: Serve, local: PreTrainedModel) -> None:
+    executor, url = serve(tiny.llama(), lend=True)
+    with connect(url) as session:
+        model = session.model()
+    executor.close()
+    assert torch.equal(logits(model, tiny.tokens()), logits(local, tiny.tokens()))
+
+
+def test_a_forked_child_computes_on(url: str, local: PreTrainedModel) -> None:
+    with connect(url) as session:
+        model = session.model()
+        child = os.fork()
+        if not child:
+            same = torch.equal(logits(model, tiny.tokens()), logits(local, tiny.tokens()))
+            os._exit(0 if same else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_worker_process_borrows_too(url: str) -> None:
+    with connect(url) as session:
+        again: Session = pickle.loads(pickle.dumps(session))  # noqa: S301
+        with again:
+            assert up(again.model()).here is not None
+    with connect(url, borrow=False) as session:
+        again = pickle.loads(pickle.dumps(session))  # noqa: S301
+        with again:
+            assert up(again.model()).here is None
+
+
+def test_no_descriptor_stays_open(url: str) -> None:
+    def count() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    with connect(url):
+        pass
+    before = count()
+    for _ in range(5):
+        with connect(url) as session:
+            session.model()
+    assert count() <= before + 1  # the executor may not have seen the last one leave
+
+
+@pytest.fixture
+def supervised(tmp_path: Path) -> Iterator[Served]:
+    """`symbiosis serve --lend --supervise`."""
+    model = tiny_files.build_model(tmp_path / "tiny")
+    found = serve_process(model, tmp_path, "--lend", "--supervise")
+    yield found
+    found.process.terminate()
+    finish(found.process)
+
+
+def test_a_killed_executor_leaves_the_memory_to_the_next(supervised: Served) -> None:
+    ids = tiny.tokens()
+    with connect(supervised.unix) as session:
+        model = session.model()
+        wanted = logits(model, ids)
+        (victim,) = psutil.Process(supervised.process.pid).children()
+        victim.kill()
+        assert torch.equal(logits(model, ids), wanted)
+        session.executor_stats()  # by the next one
+        with connect(supervised.unix) as another:
+            assert another.welcome["pid"] != victim.pid
+            again = another.model()
+            assert torch.equal(logits(again, ids), wanted)
+            assert another.stats().exchanges == 0
+            here, there = up(model).here, up(again).here
+            assert here is not None
+            assert there is not None
+            assert file_of(here) == file_of(there)
+
+
+def test_a_job_of_the_command_line_borrows(supervised: Served, tmp_path: Path) -> None:
+    """The adapter is the one that is trained over TCP, where nothing is lent."""
+    data = tiny_files.write_training_data(tmp_path / "data.jsonl")
+    for out, url in {"lent": supervised.unix, "sent": supervised.tcp}.items():
+        done = run(
+            *("finetune", "--base", url, "--data", data, "--out", tmp_path / out),
+            *("--steps", 4, "--seed", 5, "--batch-size", 2, "--threads", 1),
+        )
+        assert done.code == 0, done.err
+    lent, sent = (
+        load_file(tmp_path / out / "adapter_model.safetensors") for out in ("lent", "sent")
+    )
+    assert lent.keys() == sent.keys()
+    assert all(torch.equal(lent[name], sent[name]) for name in sent)
+
+
+def at_work(executor: Executor, clients: int) -> None:
+    assert executor.weights.lender is not None
+    executor.weights.lender.announce(clients)
+
+
+def test_few_rows_join_those_of_others_where_weights_are_large(
+    serve: Serve, local: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, url = serve(tiny.llama(), lend=True)
+    monkeypatch.setattr(session_module, "_WORTH_JOINING", 1)
+    few, many = tiny.tokens(1, 4), tiny.tokens(3, 7)
+
+    def exchanges(ids: torch.Tensor) -> int:
+        before = session.stats().exchanges
+        assert torch.equal(logits(model, ids), logits(local, ids))
+        return session.stats().exchanges - before
+
+    with connect(url) as session:
+        model = session.model()
+        at_work(executor, 1)
+        assert (exchanges(few), exchanges(many)) == (0, 0)
+        at_work(executor, 2)
+        assert exchanges(few) > 0
+        assert exchanges(many) == 0
+        assert torch.equal(train(model), train(local))
+        at_work(executor, 1)
+        assert exchanges(few) == 0
+        monkeypatch.undo()  # such small weights are read as fast as they are sent
+        at_work(executor, 2)
+        assert exchanges(few) == 0
+
+
+def test_generation_goes_on_when_company_comes_and_goes(
+    serve: Serve, local: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor, url = serve(tiny.llama(), lend=True)
+    monkeypatch.setattr(session_module, "_WORTH_JOINING", 1)
+    ids = tiny.tokens(1, 4)
+    wanted = local.generate(ids, max_new_tokens=40, do_sample=False)
+    with connect(url) as session:
+        model = session.model()
+        seen = 0
+
+        def change(module: torch.nn.Module, args: object) -> None:
+            nonlocal seen
+            seen += 1
+            at_work(executor, 1 + seen // 8 % 2)
+
+        model.register_forward_pre_hook(change)
+        assert torch.equal(model.generate(ids, max_new_tokens=40, do_sample=False), wanted)
+        assert session.stats().exchanges > 0
+        assert session.plan(), "no chain was learned in the eight tokens of company"
