@@ -60,10 +60,10 @@ def main() -> None:
         os.environ["LD_PRELOAD"] = str(options.malloc.resolve(strict=True))
         malloc = options.malloc.name.removeprefix("lib").split(".")[0]
     budget = int(options.budget_gib * 2**30)
-    model, title, suffix = chosen_model(options)
+    model, title, suffix, serve = chosen_model(options)
     shape = options.batch, options.context
     theirs = fit(str(model), [], budget, *shape)
-    with executor(model) as served:
+    with executor(model, *serve) as served:
         ours = fit(served.unix, [served.pid], budget, *shape)
         rate, _ = measure(served.unix, [served.pid], theirs["jobs"], *shape)
     for name, side in (("separate", theirs), ("split", ours)):

@@ -27,7 +27,8 @@ def run_decoders(workers: list[Worker], pids: list[int], tokens: int) -> tuple[f
 
 
 def decoders(source: str, count: int, threads: int) -> list[Worker]:
-    workers = [Worker(source, threads=threads, passive=True, seed=i) for i in range(count)]
+    passive = "://" in source or count > 1
+    workers = [Worker(source, threads=threads, passive=passive, seed=i) for i in range(count)]
     for i, worker in enumerate(workers):
         worker.ready().run(do="adapt", method=METHODS[i % len(METHODS)])
     return workers
@@ -52,12 +53,12 @@ def main() -> None:
     parser.add_argument("--separate", type=int, default=1 << 30, help="the most peers that fit")
     model_options(parser)
     options = parser.parse_args()
-    model, title, suffix = chosen_model(options)
+    model, title, suffix, serve = chosen_model(options)
     result: dict[str, Any] = {"model": title, "methods": METHODS}
     for count in options.clients:
         peers = min(count, options.separate)
         theirs, their_peak, _ = one_side(str(model), [], peers, options.tokens, options.rounds)
-        with executor(model) as served:
+        with executor(model, *serve) as served:
             ours, our_peak, stats = one_side(
                 served.unix, [served.pid], count, options.tokens, options.rounds
             )

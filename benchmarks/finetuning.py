@@ -29,18 +29,22 @@ def run_jobs(
 
 def jobs(source: str, count: int, threads: int, checkpointing: bool = False) -> list[Worker]:
     """``count`` workers with an adapter each, ready to train."""
-    workers = [Worker(source, threads=threads, passive=True, seed=i) for i in range(count)]
+    passive = "://" in source or count > 1
+    workers = [Worker(source, threads=threads, passive=passive, seed=i) for i in range(count)]
     for worker in workers:
         worker.ready().run(do="adapt", method="lora", checkpointing=checkpointing)
     return workers
 
 
-def compare(model: str, url: str, executor_pid: int, count: int, steps: int, rounds: int) -> Any:
+def compare(
+    model: str, url: str, executor_pid: int, count: int, steps: int, rounds: int, lent: bool
+) -> Any:
     """Both sides in turn; beyond four jobs one after the other, for both would not fit."""
     sides = {"split": (url, [executor_pid]), "separate": (model, [])}
     at_once = [["split", "separate"]] if count <= 4 else [["split"], ["separate"]]
     cores = os.cpu_count() or 1
-    threads = {"split": cores, "separate": max(1, cores // count)}
+    few = max(1, cores // count)  # the products are their own
+    threads = {"split": few if lent else cores, "separate": few}
     speed: dict[str, list[float]] = {name: [] for name in sides}
     memory = dict.fromkeys(sides, 0)
     for names in at_once:
@@ -73,11 +77,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     model_options(parser)
     options = parser.parse_args()
-    model, title, suffix = chosen_model(options)
+    model, title, suffix, serve = chosen_model(options)
     result: dict[str, Any] = {"model": title, "steps": options.steps}
     for count in options.clients:
-        with executor(model) as served:
-            row = compare(str(model), served.unix, served.pid, count, options.steps, options.rounds)
+        with executor(model, *serve) as served:
+            row = compare(
+                str(model),
+                served.unix,
+                served.pid,
+                count,
+                options.steps,
+                options.rounds,
+                options.lend,
+            )
         result[str(count)] = row
         print(
             f"{count} jobs: split {row['split_tokens_per_s']:.0f} tokens/s in "

@@ -78,6 +78,7 @@ class Chosen(NamedTuple):
     folder: Path
     title: str
     suffix: str  # of the file with the results
+    serve: tuple[str, ...]  # options of the executor
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
@@ -87,6 +88,9 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         "--from-bf16",
         action="store_true",
         help="the files are in bf16, as most are; they are converted on loading",
+    )
+    parser.add_argument(
+        "--lend", action="store_true", help="the executor lends its weights to the clients"
     )
 
 
@@ -100,7 +104,10 @@ def chosen_model(options: argparse.Namespace) -> Chosen:
         "bfloat16" if options.from_bf16 else "float32",
     )
     title = f"Llama {options.model.upper()}, fp32{' from bf16 files' if options.from_bf16 else ''}"
-    return Chosen(folder, title, ("" if options.model == "110m" else f"-{options.model}") + bf16)
+    suffix = ("" if options.model == "110m" else f"-{options.model}") + bf16
+    if options.lend:
+        return Chosen(folder, f"{title}, lent", suffix + "-lent", ("--lend",))
+    return Chosen(folder, title, suffix, ())
 
 
 def environment(*, passive: bool, ours: bool = False) -> dict[str, str]:

@@ -41,7 +41,7 @@ def measure(whole: Worker, split: Worker, unit: dict[str, Any], rounds: int) -> 
 
 def breakdown(before: dict[str, Any], after: dict[str, Any], rounds: int) -> dict[str, Any]:
     """Microseconds per exchange: in the queue, computing, and the rest (client and wire)."""
-    exchanges = after["exchanges"] - before["exchanges"]
+    exchanges = max(1, after["exchanges"] - before["exchanges"])
     per = {k: (after[k] - before[k]) / exchanges * 1e6 for k in ("wait_s", "queue_s", "compute_s")}
     return {
         "exchanges_per_unit": exchanges / rounds,
@@ -62,10 +62,12 @@ def main() -> None:
     parser.add_argument("--transports", nargs="+", default=["unix", "tcp"])
     model_options(parser)
     options = parser.parse_args()
+    if options.lend:
+        options.transports = ["unix"]  # over others nothing is lent
     threads = os.cpu_count() or 1
-    model, title, suffix = chosen_model(options)
+    model, title, suffix, serve = chosen_model(options)
     result: dict[str, Any] = {"model": title, "rounds": options.rounds}
-    with executor(model) as served:
+    with executor(model, *serve) as served:
         whole = Worker(str(model), threads=threads, passive=False).ready()
         for transport in options.transports:
             split = Worker(getattr(served, transport), threads=threads, passive=True).ready()

@@ -10,7 +10,7 @@ from typing import Any
 
 from harness import RESULTS, ROOT
 
-SUFFIXES = ("", "-bf16", "-1b", "-1b-bf16")
+SUFFIXES = [size + lent for size in ("", "-bf16", "-1b", "-1b-bf16") for lent in ("", "-lent")]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
