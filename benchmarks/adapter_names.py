@@ -51,9 +51,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     model_options(parser)
     options = parser.parse_args()
-    model, title, suffix = chosen_model(options)
+    model, title, suffix, serve = chosen_model(options)
     result: dict[str, Any] = {"model": title}
-    with executor(model) as served:
+    with executor(model, *serve) as served:
         for count in options.clients:
             row = compare(str(model), served, count, options.tokens, options.rounds)
             result[str(count)] = row

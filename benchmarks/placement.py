@@ -71,9 +71,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     model_options(parser)
     options = parser.parse_args()
-    model, title, suffix = chosen_model(options)
+    model, title, suffix, serve = chosen_model(options)
     result: dict[str, Any] = {"model": title}
-    with executor(model) as served:
+    with executor(model, *serve) as served:
         for url in (served.unix, served.tcp):
             with symbiosis.connect(url) as base:
                 result[url.split(":")[0]] = compare(base, options.contexts, options.rounds)
