@@ -20,7 +20,6 @@ from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import symbiosis
-from symbiosis.waiting import sleep_at_once
 
 METHODS: dict[str, Callable[[], Any]] = {
     "lora": lambda: LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -131,8 +130,6 @@ class Work:
 def main() -> None:
     source, threads, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(threads)
-    if "://" in source:
-        sleep_at_once(True)  # as the jobs of the `symbiosis` command do
     privacy = json.loads(sys.argv[4]) if len(sys.argv) > 4 else None
     works = {source: Work(source, seed, privacy)}
     print(json.dumps({"ready": True}), flush=True)

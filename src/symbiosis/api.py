@@ -13,6 +13,7 @@ from symbiosis.client.verifying import Trust
 from symbiosis.privacy.modes import Mode, Privacy
 from symbiosis.transport.sockets import Address, SocketChannel
 from symbiosis.transport.tls import Secret, Tls
+from symbiosis.waiting import sleep_at_once
 
 if TYPE_CHECKING:
     from symbiosis.executor.executor import Executor
@@ -74,6 +75,10 @@ def connect(
     that promises. A helper that it names is trusted by ``tls.ca`` too; ``key`` and certificate
     never go there.
 
+    A client on the executor's host shares its cores: from now on this process's OpenMP threads
+    sleep while they wait, or stay awake where weights are lent and nobody else is at work; see
+    `symbiosis.waiting`.
+
     Raises ConnectionFailed, AuthenticationFailed, QuotaExceeded, ProtocolError, ModelError,
     PrivacyError.
     """
@@ -98,7 +103,10 @@ def connect(
         make = functools.partial(PrivateSession, privacy=chosen, helper=helper)
     opener: Opener
     if isinstance(base, str):
-        url = str(Address.parse(base))
+        address = Address.parse(base)
+        url = str(address)
+        if address.is_loopback:  # the executor wants the same cores; see also `Session.begins`
+            sleep_at_once(True)
         secret = None if key is None else Secret(key)
         opener = functools.partial(dial, url, key=secret, tls=tls)
     else:

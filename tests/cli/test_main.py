@@ -170,7 +170,7 @@ def test_the_table_has_a_row_per_client() -> None:
     client = {
         "name": "finetune a", "transport": "unix", "pid": 3, "exchanges": 1234, "rows": 5_000_000,
         "mean_batch": 1.5, "mean_queue_ms": 0.25, "compute_s": 2.0, "bytes_in": 3e6,
-        "bytes_out": 4e9, "refused": 0, "fetches": 0,
+        "bytes_out": 4e9, "refused": 0, "fetches": 0, "lent": False,
     }  # fmt: skip
     stats = {
         "model": "m", "architecture": "A", "parameters": 7e9, "dtype": "float32", "device": "cpu",

@@ -34,7 +34,10 @@ def test_what_is_placed_is_what_is_lent() -> None:
         assert torch.equal(theirs, tensor)
         assert theirs.data_ptr() % 64 == 0
     assert 4 not in lent
-    lender.close()
+    descriptor = lender.descriptor
+    del lender
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
     assert torch.equal(lent.tensor(1, (3, 5)), tensors[0])
 
 

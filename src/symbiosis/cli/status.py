@@ -151,6 +151,8 @@ def _columns(clients: dict[str, dict[str, Any]]) -> dict[str, Callable[[dict[str
         "in": lambda client: console.size(client["bytes_in"]),
         "out": lambda client: console.size(client["bytes_out"]),
     }
+    if any(client["lent"] for client in clients.values()):
+        columns["weights"] = lambda client: "lent" if client["lent"] else ""
     if any(client["refused"] or client["fetches"] for client in clients.values()):
         columns["refused"] = lambda client: str(client["refused"])
         columns["fetches"] = lambda client: str(client["fetches"])

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import symbiosis
 from symbiosis.errors import ModelError
 from symbiosis.jobs.spec import privacy_of
-from symbiosis.waiting import sleep_at_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,7 +28,6 @@ def connected(
     tls: Tls | None,
 ) -> Session:
     """A session with the executor that ``spec`` names; raises what `symbiosis.connect` raises."""
-    sleep_at_once(True)  # unless weights are lent, and nobody else is at work: see `Session.begins`
     return symbiosis.connect(
         spec.base,
         name=spec.name or name,

@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 import struct
+import weakref
 
 import torch
 
@@ -33,15 +34,12 @@ class Lender:
     def __init__(self, most_bytes: int) -> None:
         """Address space for ``most_bytes``; memory is taken as it is filled. Raises OSError where
         the system has no such memory."""
-        self.descriptor = os.memfd_create("symbiosis-weights", os.MFD_ALLOW_SEALING)
-        os.set_inheritable(self.descriptor, False)
+        flags = os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC
+        self.descriptor = os.memfd_create("symbiosis-weights", flags)
+        weakref.finalize(self, os.close, self.descriptor)  # who has it mapped keeps the memory
         self.num_bytes = -(-most_bytes // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE
-        try:
-            os.ftruncate(self.descriptor, self.num_bytes)
-            self._map = mmap.mmap(self.descriptor, self.num_bytes)
-        except BaseException:
-            os.close(self.descriptor)
-            raise
+        os.ftruncate(self.descriptor, self.num_bytes)
+        self._map = mmap.mmap(self.descriptor, self.num_bytes)
         self._end = mmap.PAGESIZE  # before it: what is announced
 
     def announce(self, clients: int) -> None:
@@ -61,12 +59,6 @@ class Lender:
         is in it. Raises OSError before Linux 5.1."""
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | _SEAL_FUTURE_WRITE
         fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals | fcntl.F_SEAL_SEAL)
-
-    def close(self) -> None:
-        """Lend no more; whoever has it mapped keeps it. Idempotent."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
 
 
 class Lent:
