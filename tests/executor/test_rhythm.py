@@ -37,6 +37,17 @@ def test_layers_that_share_weights_start_no_token_after_an_embedding() -> None:
     assert play(Rhythm(), "Eababab" * 3) == [0, 7, 14]
 
 
+def test_a_lookup_that_has_become_part_of_a_chain() -> None:
+    """The chain opens tokens from then on; a second lookup in a token still opens none."""
+    rhythm = Rhythm()
+    play(rhythm, "Eabcdefgh" * 3)
+    starts = play(rhythm, "Cdh" * 8, 100.0)
+    assert starts[0] <= 9  # after as many exchanges as a token had
+    assert {b - a for a, b in itertools.pairwise(starts)} == {3}
+    assert rhythm.regular
+    assert play(Rhythm(), "EPabEPabEPab") == [0, 4, 8]
+
+
 def test_a_changed_adapter_is_learned_anew() -> None:
     rhythm = Rhythm()
     play(rhythm, "abc" * 4)

@@ -23,6 +23,7 @@ from symbiosis.executor.stats import ClientStats, Stats
 from symbiosis.executor.tenants import Account
 from symbiosis.executor.weights import Weights
 from symbiosis.waiting import sleep_at_once
+from symbiosis.wire.chain import Step, unpack_chain
 from symbiosis.wire.exchange import Exchange, Op, Priority, Result
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ class Engine:
                     plan.rows,
                     exchange.priority,
                     now_s,
-                    opens=exchange.op is Op.EMBEDDING,
+                    opens=_opens(exchange),
                     divisible=batch.divisible(exchange, plan.joinable),
                     tenant=account.tenant if account is not None else None,
                 )
@@ -359,6 +360,13 @@ class Engine:
                     stats.exchanges += 1
                     stats.batch_members += walk.mean_batch if walk else size
             self.stats.batch_ran(size, answered, chosen.rows, now_s, elapsed_s)
+
+
+def _opens(exchange: Exchange) -> bool:
+    """Does a token start with it? That is what a lookup hints at, and a chain that has it first."""
+    if exchange.op is Op.CHAIN:
+        return unpack_chain(exchange.params).steps[0].step is Step.EMBEDDING
+    return exchange.op is Op.EMBEDDING
 
 
 def _result(

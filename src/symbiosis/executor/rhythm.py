@@ -122,7 +122,8 @@ class Rhythm:
     def _starts(self, key: Hashable, opens: bool) -> bool:
         if key == self._anchor:
             return True
-        lost = self._anchor is None or self._step > 2 * self._length
+        # A lookup that was the anchor may have become part of a chain, which then opens.
+        lost = self._anchor is None or self._step > (1 if opens else 2) * self._length
         recurs = key in self._keys and not self._anchor_opens
         if (opens and not self._anchor_opens) or (lost and (recurs or opens)):
             self._anchor, self._anchor_opens = key, opens
