@@ -9,10 +9,13 @@ the proportional set size over all processes, executor included.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from typing import Any
 
 from harness import Sample, Worker, chosen_model, executor, model_options, peak_pss, save
+
+_FITS = 6 << 30  # bytes of peers that leave room for the other side
 
 METHODS = ["lora", "ia3", "prefix", "lora8"]
 
@@ -34,15 +37,31 @@ def decoders(source: str, count: int, threads: int) -> list[Worker]:
     return workers
 
 
-def one_side(source: str, pids: list[int], count: int, tokens: int, rounds: int) -> Any:
-    threads = max(1, (os.cpu_count() or 1) // count)
-    workers = decoders(source, count, threads)
-    runs = [run_decoders(workers, pids, tokens) for _ in range(rounds + 1)][1:]
-    stats = [worker.run(do="stats") for worker in workers]
-    for worker in workers:
-        worker.close()
-    rates = Sample(tuple(rate for rate, _ in runs))
-    return rates, max(peak for _, peak in runs), stats
+class Side:
+    """Decoders of one side, and what they have shown."""
+
+    def __init__(self, source: str, pids: list[int], count: int) -> None:
+        self._pids = pids
+        self._workers = decoders(source, count, max(1, (os.cpu_count() or 1) // count))
+        self._rates: list[float] = []
+        self.peak = 0
+
+    def run(self, tokens: int) -> None:
+        rate, peak = run_decoders(self._workers, self._pids, tokens)
+        self._rates.append(rate)
+        self.peak = max(self.peak, peak)
+
+    @property
+    def tokens_per_s(self) -> Sample:
+        """Without the first round, which warms up."""
+        return Sample(tuple(self._rates[1:]))
+
+    def close(self) -> float:
+        """The mean batch of its exchanges, at the end."""
+        batches = [worker.run(do="stats").get("mean_batch", 0.0) for worker in self._workers]
+        for worker in self._workers:
+            worker.close()
+        return sum(batches) / len(batches)
 
 
 def main() -> None:
@@ -54,31 +73,47 @@ def main() -> None:
     model_options(parser)
     options = parser.parse_args()
     model, title, suffix, serve = chosen_model(options)
+    size = 2 * sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    apart = options.from_bf16 or options.lend  # else both would map one file, and share its pages
     result: dict[str, Any] = {"model": title, "methods": METHODS}
     for count in options.clients:
         peers = min(count, options.separate)
-        theirs, their_peak, _ = one_side(str(model), [], peers, options.tokens, options.rounds)
         with executor(model, *serve) as served:
-            ours, our_peak, stats = one_side(
-                served.unix, [served.pid], count, options.tokens, options.rounds
-            )
-        mean_batch = sum(s["mean_batch"] for s in stats) / len(stats)
+            make_theirs = functools.partial(Side, str(model), [], peers)
+            make_ours = functools.partial(Side, served.unix, [served.pid], count)
+            if apart and peers * size <= _FITS:  # both at once, in turn
+                theirs, ours = make_theirs(), make_ours()
+                for _ in range(options.rounds + 1):
+                    theirs.run(options.tokens)
+                    ours.run(options.tokens)
+                theirs.close()
+                mean_batch = ours.close()
+            else:
+                theirs = make_theirs()
+                for _ in range(options.rounds + 1):
+                    theirs.run(options.tokens)
+                theirs.close()
+                ours = make_ours()
+                for _ in range(options.rounds + 1):
+                    ours.run(options.tokens)
+                mean_batch = ours.close()
+        our, their = ours.tokens_per_s, theirs.tokens_per_s
         result[str(count)] = {
-            "split_tokens_per_s": ours.median,
+            "split_tokens_per_s": our.median,
             "separate": peers,
-            "separate_tokens_per_s": theirs.median,
-            "speed_ratio": ours.median / theirs.median,
-            "speed_spread": f"{ours.spread} against {theirs.spread}",
-            "split_bytes": our_peak,
-            "separate_bytes": their_peak,
-            "memory_ratio": their_peak / our_peak,
+            "separate_tokens_per_s": their.median,
+            "speed_ratio": our.median / their.median,
+            "speed_spread": f"{our.spread} against {their.spread}",
+            "split_bytes": ours.peak,
+            "separate_bytes": theirs.peak,
+            "memory_ratio": theirs.peak / ours.peak,
             "mean_batch": mean_batch,
         }
         print(
-            f"{count} decoders: split {ours.spread} tokens/s in {our_peak / 2**20:.0f} MiB (mean "
-            f"batch {mean_batch:.2f}), {peers} separate {theirs.spread} in "
-            f"{their_peak / 2**20:.0f} MiB: speed × {ours.median / theirs.median:.2f}, "
-            f"memory ÷ {their_peak / our_peak:.2f}",
+            f"{count} decoders: split {our.spread} tokens/s in {ours.peak / 2**20:.0f} MiB (mean "
+            f"batch {mean_batch:.2f}), {peers} separate {their.spread} in "
+            f"{theirs.peak / 2**20:.0f} MiB: speed × {our.median / their.median:.2f}, "
+            f"memory ÷ {theirs.peak / ours.peak:.2f}",
             flush=True,
         )
         save("decoding" + suffix, result)
