@@ -266,7 +266,7 @@ def test_few_rows_join_those_of_others_where_weights_are_large(
     told: Callable[[Executor, int], None],
 ) -> None:
     executor, url = serve(tiny.llama(), lend=True)
-    few, many = tiny.tokens(1, 4), tiny.tokens(3, 7)
+    few, many = tiny.tokens(1, 4), tiny.tokens(5, 9)
 
     def exchanges(ids: torch.Tensor) -> int:
         before = session.stats().exchanges

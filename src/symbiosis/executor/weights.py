@@ -124,7 +124,7 @@ class Weights:
         self.lender = _lender(model) if lend else None
         self._take(model)
         if self.lender is not None:
-            self.lender.seal()
+            _seal(self.lender)
         if quantize is not None and all(weight.quantized is None for weight in self):
             raise ModelError(
                 f"cannot host {name!r} in {quantize}: it has no linear layer that could be "
@@ -317,6 +317,17 @@ def _lender(model: PreTrainedModel) -> Lender:
         return Lender(sum(sizes))
     except (OSError, AttributeError) as error:
         raise ModelError(f"this system has no memory to lend weights in: {error}") from None
+
+
+def _seal(lender: Lender) -> None:
+    """Raises ModelError."""
+    try:
+        lender.seal()
+    except OSError as error:
+        raise ModelError(
+            f"this system cannot seal memory against writing, which lending needs (Linux 5.1 can): "
+            f"{error}; leave out --lend"
+        ) from None
 
 
 def _give_memory_back() -> None:
