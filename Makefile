@@ -48,6 +48,9 @@ bench: setup  ## the figures of the README and of docs/decisions; about an hour 
 	$(BIN)/python benchmarks/finetuning.py
 	$(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/finetuning.py --from-bf16
+	$(BIN)/python benchmarks/overhead.py --lend
+	$(BIN)/python benchmarks/finetuning.py --from-bf16 --lend
+	$(BIN)/python benchmarks/decoding.py --from-bf16 --lend
 	$(BIN)/python benchmarks/decoding.py --from-bf16
 	$(BIN)/python benchmarks/adapter_names.py
 	$(BIN)/python benchmarks/exchange.py
