@@ -84,6 +84,10 @@ class _Recorded:
         self._recorder.record(exchange)
         return self._channel.exchange(exchange)
 
+    @property
+    def lent(self) -> None:
+        """Nothing: what is computed here would not be recorded."""
+
     def request(self, question: Json) -> tuple[Json, torch.Tensor]:
         return self._channel.request(question)
 
