@@ -45,6 +45,7 @@ class Side:
         self._workers = decoders(source, count, max(1, (os.cpu_count() or 1) // count))
         self._rates: list[float] = []
         self.peak = 0
+        self.mean_batch = 0.0  # of its exchanges, once it is closed
 
     def run(self, tokens: int) -> None:
         rate, peak = run_decoders(self._workers, self._pids, tokens)
@@ -56,12 +57,11 @@ class Side:
         """Without the first round, which warms up."""
         return Sample(tuple(self._rates[1:]))
 
-    def close(self) -> float:
-        """The mean batch of its exchanges, at the end."""
+    def close(self) -> None:
         batches = [worker.run(do="stats").get("mean_batch", 0.0) for worker in self._workers]
         for worker in self._workers:
             worker.close()
-        return sum(batches) / len(batches)
+        self.mean_batch = sum(batches) / len(batches)
 
 
 def main() -> None:
@@ -73,30 +73,27 @@ def main() -> None:
     model_options(parser)
     options = parser.parse_args()
     model, title, suffix, serve = chosen_model(options)
-    size = 2 * sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    size = 2 * sum(file.stat().st_size for file in model.glob("*.safetensors"))  # bf16 to fp32
     apart = options.from_bf16 or options.lend  # else both would map one file, and share its pages
     result: dict[str, Any] = {"model": title, "methods": METHODS}
     for count in options.clients:
         peers = min(count, options.separate)
+        sides: dict[str, Side] = {}
         with executor(model, *serve) as served:
-            make_theirs = functools.partial(Side, str(model), [], peers)
-            make_ours = functools.partial(Side, served.unix, [served.pid], count)
-            if apart and peers * size <= _FITS:  # both at once, in turn
-                theirs, ours = make_theirs(), make_ours()
+            make = {
+                "theirs": functools.partial(Side, str(model), [], peers),
+                "ours": functools.partial(Side, served.unix, [served.pid], count),
+            }
+            in_turn = apart and peers * size <= _FITS
+            for names in [["theirs", "ours"]] if in_turn else [["theirs"], ["ours"]]:
+                running = {name: make[name]() for name in names}
                 for _ in range(options.rounds + 1):
-                    theirs.run(options.tokens)
-                    ours.run(options.tokens)
-                theirs.close()
-                mean_batch = ours.close()
-            else:
-                theirs = make_theirs()
-                for _ in range(options.rounds + 1):
-                    theirs.run(options.tokens)
-                theirs.close()
-                ours = make_ours()
-                for _ in range(options.rounds + 1):
-                    ours.run(options.tokens)
-                mean_batch = ours.close()
+                    for side in running.values():
+                        side.run(options.tokens)
+                for side in running.values():
+                    side.close()
+                sides.update(running)
+        ours, theirs = sides["ours"], sides["theirs"]
         our, their = ours.tokens_per_s, theirs.tokens_per_s
         result[str(count)] = {
             "split_tokens_per_s": our.median,
@@ -107,11 +104,11 @@ def main() -> None:
             "split_bytes": ours.peak,
             "separate_bytes": theirs.peak,
             "memory_ratio": theirs.peak / ours.peak,
-            "mean_batch": mean_batch,
+            "mean_batch": ours.mean_batch,
         }
         print(
             f"{count} decoders: split {our.spread} tokens/s in {ours.peak / 2**20:.0f} MiB (mean "
-            f"batch {mean_batch:.2f}), {peers} separate {their.spread} in "
+            f"batch {ours.mean_batch:.2f}), {peers} separate {their.spread} in "
             f"{theirs.peak / 2**20:.0f} MiB: speed × {our.median / their.median:.2f}, "
             f"memory ÷ {theirs.peak / ours.peak:.2f}",
             flush=True,

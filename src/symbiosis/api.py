@@ -105,7 +105,7 @@ def connect(
     if isinstance(base, str):
         address = Address.parse(base)
         url = str(address)
-        if address.is_loopback:  # the executor wants the same cores; see also `Session.begins`
+        if address.is_loopback:  # the executor wants the same cores; see also `Borrowed.begins`
             sleep_at_once(True)
         secret = None if key is None else Secret(key)
         opener = functools.partial(dial, url, key=secret, tls=tls)

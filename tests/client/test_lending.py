@@ -18,7 +18,7 @@ import tiny_files
 from command_line import Served, finish, run
 from command_line import serve as serve_process
 from symbiosis import Executor, Session, connect
-from symbiosis.client import session as session_module
+from symbiosis.client import borrowed
 from symbiosis.client.remote_weight import RemoteWeight
 from symbiosis.errors import FetchRefused, ModelError
 from symbiosis.executor.engine import Engine
@@ -250,7 +250,7 @@ def test_a_job_of_the_command_line_borrows(supervised: Served, tmp_path: Path) -
 def told(monkeypatch: pytest.MonkeyPatch) -> Callable[[Executor, int], None]:
     """Says how many clients are at work, and nobody else does. Weights count as large."""
     monkeypatch.setattr(Engine, "look_at_company", lambda self: None)
-    monkeypatch.setattr(session_module, "_WORTH_JOINING", 1)
+    monkeypatch.setattr(borrowed, "_WORTH_JOINING", 1)
     return at_work
 
 
@@ -283,7 +283,7 @@ def test_few_rows_join_those_of_others_where_weights_are_large(
         assert torch.equal(train(model), train(local))
         told(executor, 1)
         assert exchanges(few) == 0
-        monkeypatch.setattr(session_module, "_WORTH_JOINING", 1 << 20)
+        monkeypatch.setattr(borrowed, "_WORTH_JOINING", 1 << 20)
         told(executor, 2)
         assert exchanges(few) == 0
 

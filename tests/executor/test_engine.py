@@ -21,7 +21,7 @@ from symbiosis.errors import (
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.scheduler import Scheduler
 from symbiosis.executor.weights import Weights
-from symbiosis.transport.lent import Lent, as_table
+from symbiosis.transport.lent import Lent
 from symbiosis.wire.exchange import Exchange, Op, Result
 from symbiosis.wire.tensors import TensorSpec
 from symbiosis.wire.views import View
@@ -230,7 +230,7 @@ def test_who_is_at_work_is_announced() -> None:
     weights = Weights(tiny.llama(), "tiny", lend=True)
     engine = Engine(weights, Scheduler("greedy"))
     assert weights.lender is not None
-    lent = Lent(os.dup(weights.lender.descriptor), as_table(weights.lent))
+    lent = Lent(os.dup(weights.lender.descriptor), weights.lender.table())
     first, second, borrower = (client_of(engine) for _ in range(3))
     x = torch.randn(1, 32)
 

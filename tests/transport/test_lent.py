@@ -10,16 +10,15 @@ import pytest
 import torch
 
 from symbiosis.errors import ProtocolError
-from symbiosis.transport.lent import Lender, Lent, as_table
+from symbiosis.transport.lent import Lender, Lent
 
 
 def lent_of(*tensors: torch.Tensor) -> tuple[Lender, dict[str, object], list[torch.Tensor]]:
     """Sealed memory with ``tensors`` as the weights 1, 2, ..., its table, and where they lie."""
     lender = Lender(1 << 16)
-    placed = [lender.place(tensor) for tensor in tensors]
+    placed = [lender.place(number, tensor) for number, tensor in enumerate(tensors, 1)]
     lender.seal()
-    at = {i: (start, tensor.dtype) for i, (start, tensor) in enumerate(placed, 1)}
-    return lender, as_table(at), [tensor for _, tensor in placed]
+    return lender, lender.table(), placed
 
 
 def test_what_is_placed_is_what_is_lent() -> None:

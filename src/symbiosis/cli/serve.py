@@ -117,7 +117,7 @@ def serve(
         typer.Option(
             "--lend",
             help="Lend the weights to clients of unix:// addresses: they map the same memory, "
-            "read-only, and compute with it themselves, at the speed of a process with the whole "
+            "read-only, and compute with it themselves, about as fast as a process with the whole "
             "model. For clients that may read all weights (--fetch); on the CPU.",
         ),
     ] = False,

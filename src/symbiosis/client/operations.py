@@ -105,17 +105,19 @@ def _shared_bias(weight: RemoteWeight, bias: Tensor) -> int:
     return number if same and torch.equal(bias, original) else NO_BIAS
 
 
-def _is_done_here(weight: RemoteWeight, x: Tensor) -> bool:
-    """With a weight that is lent: always, but for a few rows that others' may join."""
-    if not weight._session.joins_others or torch.is_grad_enabled():
+def _is_done_here(weight: RemoteWeight, count: int, width: int) -> bool:
+    """With a weight that is lent, and an input of ``count`` elements in rows of ``width``: always,
+    but for a few rows that others' may join."""
+    borrowed = weight._session.borrowed
+    if borrowed is None or not borrowed.joins_others or torch.is_grad_enabled():
         return True
-    return x.numel() > _FEW * x.shape[-1]
+    return count > _FEW * width
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if type(weight) is not RemoteWeight or not weight.is_matrix or type(input) is RemoteWeight:
         return NotImplemented
-    if (here := weight.here) is not None and _is_done_here(weight, input):
+    if (here := weight.here) is not None and _is_done_here(weight, input.numel(), input.shape[-1]):
         return F.linear(input, here, bias)
     return product(Op.LINEAR, input, weight, bias)
 
@@ -125,7 +127,7 @@ def _matmul(input: Any, other: Any, **unusual: Any) -> Any:
         return NotImplemented
     if unusual or input.dim() < 2:
         return NotImplemented
-    if (here := other.here) is not None and _is_done_here(other, input):
+    if (here := other.here) is not None and _is_done_here(other, input.numel(), input.shape[-1]):
         return input @ here
     return product(Op.MATMUL, input, other)
 
@@ -133,7 +135,7 @@ def _matmul(input: Any, other: Any, **unusual: Any) -> Any:
 def _addmm(input: Any, mat1: Any, mat2: Any, **scales: Any) -> Any:
     if type(mat2) is not RemoteWeight or isinstance(mat1, RemoteWeight) or scales:
         return NotImplemented
-    if (here := mat2.here) is not None and _is_done_here(mat2, mat1):
+    if (here := mat2.here) is not None and _is_done_here(mat2, mat1.numel(), mat1.shape[-1]):
         return torch.addmm(input, mat1, here)
     return product(Op.MATMUL, mat1, mat2, input)
 
@@ -155,10 +157,11 @@ def _embedding(
 
 
 def _lookup(weight: RemoteWeight, ids: Tensor) -> Tensor:
-    if weight.here is not None:
-        weight._session.begins()
-        if not (weight._session.joins_others and ids.numel() <= _FEW):
-            return F.embedding(ids, weight.here)
+    if (here := weight.here) is not None:
+        if (borrowed := weight._session.borrowed) is not None:
+            borrowed.begins()
+        if _is_done_here(weight, ids.numel(), 1):
+            return F.embedding(ids, here)
     return weight._session.lookup(ids, weight._weight, weight._recipe).to(weight.dtype)
 
 
@@ -372,17 +375,16 @@ def _aten_convolution_backward(func: Any, args: Any, kwargs: Any) -> Any:
     return dx, None, dy.sum(channels) if mask[2] else None
 
 
-ATEN.update(
-    {
-        aten.mm.default: _aten_mm,
-        aten.mv.default: _aten_mv,
-        aten.addmm.default: _aten_addmm,
-        aten.bmm.default: _aten_bmm,
-        aten.baddbmm.default: _aten_baddbmm,
-        aten._grouped_mm.default: _aten_grouped_mm,
-        aten.embedding.default: _aten_embedding,
-        aten.convolution.default: _aten_convolution,
-        aten.convolution_backward.default: _aten_convolution_backward,
-    }
-)
-PRODUCTS.update(func for func, handler in ATEN.items() if handler.__module__ == __name__)
+_PRODUCTS = {
+    aten.mm.default: _aten_mm,
+    aten.mv.default: _aten_mv,
+    aten.addmm.default: _aten_addmm,
+    aten.bmm.default: _aten_bmm,
+    aten.baddbmm.default: _aten_baddbmm,
+    aten._grouped_mm.default: _aten_grouped_mm,
+    aten.embedding.default: _aten_embedding,
+    aten.convolution.default: _aten_convolution,
+    aten.convolution_backward.default: _aten_convolution_backward,
+}
+ATEN.update(_PRODUCTS)
+PRODUCTS.update(_PRODUCTS)

@@ -83,7 +83,7 @@ class RemoteWeight(Tensor):
         self.is_matrix = like.dim() == 2
         self.like_dtype = like.dtype
         self.device_type = device.type
-        lent = session.lent(weight)
+        lent = None if session.borrowed is None else session.borrowed.weight(weight)
         if lent is not None and (lent.dtype, lent.device) == (like.dtype, device):
             self.here = look(lent, recipe)
 
@@ -208,10 +208,8 @@ class RemoteWeight(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in PRODUCTS:
-            here, there = _lent(args)
-            if not there:
-                return func(*here, **kwargs)
+        if func in PRODUCTS and (here := _lent(args)) is not None:
+            return func(*here, **kwargs)
         handler = ATEN.get(func)
         if handler is not None:
             found = handler(func, args, kwargs)
@@ -268,10 +266,16 @@ def asker() -> str:
     return ""
 
 
-def _lent(args: tuple[Any, ...]) -> tuple[list[Any], bool]:
-    """With what is lent in place of remote weights, and whether one of them is not lent."""
-    here = [value.here if isinstance(value, RemoteWeight) else value for value in args]
-    return here, any(a is None and b is not None for a, b in zip(here, args, strict=True))
+def _lent(args: tuple[Any, ...]) -> list[Any] | None:
+    """With the numbers in place of remote weights; None if one of them is not lent."""
+    here = []
+    for value in args:
+        if isinstance(value, RemoteWeight):
+            if value.here is None:
+                return None
+            value = value.here
+        here.append(value)
+    return here
 
 
 def _fetched(value: Any, why: str) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -26,6 +25,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from symbiosis.client.ahead import Ahead
+from symbiosis.client.borrowed import Borrowed
 from symbiosis.client.counters import Counters, SessionStats
 from symbiosis.client.recovery import T, recover
 from symbiosis.client.trace import plain
@@ -41,7 +41,6 @@ from symbiosis.client.welcome import (
 from symbiosis.errors import AuthenticationFailed, ConnectionLost, ProtocolError, SymbiosisError
 from symbiosis.privacy.modes import Privacy, PrivacyReport, report_of
 from symbiosis.transport.channel import Channel
-from symbiosis.waiting import sleep_at_once
 from symbiosis.wire.exchange import NO_BIAS, Exchange, Op, Priority
 from symbiosis.wire.frames import VERSION, Json
 from symbiosis.wire.tensors import spec_of
@@ -56,10 +55,6 @@ PriorityName = Literal["auto", "interactive", "training"]
 Opener = Callable[[Json], Channel]
 
 _serial = itertools.count(1)
-
-_WORTH_JOINING = 2 << 20
-"""Elements of a model's mean weight, from which decoders gain by sharing the reading: measured,
-with 1.2 million (Llama 110M) they do not, with 6.6 million (Llama 1B) they do; decision 20."""
 
 
 class Session:
@@ -119,14 +114,12 @@ class Session:
         self.welcome: Json = {}
         first = self._open()
         self.welcome = first.welcome
-        self._lent = first.lent
-        self.joins_others = False
-        """Do few rows go to the executor, where others' rows join them, though it lends the
-        weights?"""
-        self._alone: bool | None = None
+        self.borrowed: Borrowed | None = None
         try:
             self.weights = weight_table(self.welcome)
             self.vectors = vector_table(self.welcome)
+            if first.lent is not None:
+                self.borrowed = Borrowed(first.lent, self.weights, self._known())
             if trust.verify:
                 self._verifier = Verifier(self, trust)
                 self._ahead.verify = self._verifier.chain
@@ -271,8 +264,8 @@ class Session:
         """
         with self._lock:
             found = self._fetched.get(weight)
-            if found is None:
-                found = self.lent(weight)
+            if found is None and self.borrowed is not None:
+                found = self.borrowed.weight(weight)
             if found is None:
                 answer, payload = self._request({"get": "weight", "id": weight, "why": why})
                 info = self.weights[weight]
@@ -288,38 +281,6 @@ class Session:
                     why,
                 )
             return found
-
-    def lent(self, weight: int) -> Tensor | None:
-        """A weight that the executor lends, where it lies in memory; None if it does not.
-
-        On the CPU, in the executor's dtype, and not to be changed. It stays when the session is
-        closed.
-        """
-        if self._lent is None or weight not in self._lent:
-            return None
-        with self._lock:
-            found = self._fetched.get(weight)
-            if found is None:
-                info = self.weights[weight]
-                found = self._lent.tensor(weight, info.shape)
-                self._known().check_weight(info.names[0], found)
-                self._fetched[weight] = found
-            return found
-
-    def begins(self) -> None:
-        """A forward pass begins with weights that are lent: does anybody else use the cores?
-
-        If so, threads sleep while they wait; and few rows are worth an exchange, where weights are
-        so large that reading each once for several clients outweighs it.
-        """
-        assert self._lent is not None
-        alone = self._lent.clients <= 1
-        if alone is not self._alone:
-            self._alone = alone
-            sizes = [math.prod(info.shape) for info in self.weights.values()]
-            large = sum(sizes) >= _WORTH_JOINING * len(sizes)
-            self.joins_others = large and not alone
-            sleep_at_once(not alone)
 
     def plan(self) -> list[list[str]]:
         """The chains that have been learned: the weights that one exchange asks for, in order.

@@ -23,6 +23,7 @@ from symbiosis.executor.outbox import Outbox
 from symbiosis.executor.ring import only_ring
 from symbiosis.executor.tenants import Account
 from symbiosis.transport.arena import ArenaUnfit, AttachedArena, receive_with_descriptors
+from symbiosis.transport.lent import Lender
 from symbiosis.transport.sockets import exchange_parts
 from symbiosis.transport.tls import TlsSocket
 from symbiosis.wire.checksums import checked
@@ -65,7 +66,7 @@ class Desk(Protocol):
 
     def detach(self, client: int) -> None: ...
 
-    def lend(self, client: int) -> tuple[int, Json] | None: ...
+    def lend(self, client: int) -> Lender | None: ...
 
     def answer(self, client: int, question: Json) -> tuple[Json, torch.Tensor]: ...
 
@@ -366,13 +367,11 @@ class Connection:
                 logger.warning("client %d: its arena is not taken: %s", client, error)
                 welcome = {**welcome, "arena": str(error)}
             self._drop_descriptors()
-        lent = self._desk.lend(client) if hello.get("lend") and self._transport == "unix" else None
-        if lent is None:
-            self._send([json_frame(Kind.WELCOME, 0, welcome)])
-        else:
-            descriptor, table = lent
-            frame = json_frame(Kind.WELCOME, 0, {**welcome, "lent": table})
-            self._outbox.put([frame], descriptor)
+        descriptor = None
+        asked = hello.get("lend") and self._transport == "unix"
+        if asked and (lender := self._desk.lend(client)) is not None:
+            descriptor, welcome = lender.descriptor, {**welcome, "lent": lender.table()}
+        self._send([json_frame(Kind.WELCOME, 0, welcome)], descriptor)
 
     def _certificate_names(self) -> tuple[str, ...]:
         """Those that the client has shown."""
@@ -424,10 +423,12 @@ class Connection:
             stats.bytes_in += bytes_in
             stats.bytes_out += bytes_out
 
-    def _send(self, parts: list[bytes | memoryview]) -> None:
+    def _send(self, parts: list[bytes | memoryview], descriptor: int | None = None) -> None:
         if self._reader.checked:
             parts = checked(parts)
-        self._outbox.put(parts)  # whoever sends updates the events afterwards, or closes
+        self._outbox.put(
+            parts, descriptor
+        )  # whoever sends updates the events afterwards, or closes
 
     def _flush(self) -> None:
         self._progress.sent += self._outbox.flush()

@@ -38,7 +38,7 @@ from symbiosis.executor.server import Server
 from symbiosis.executor.weights import Weights
 from symbiosis.privacy.modes import Bits
 from symbiosis.transport.inproc import InprocChannel
-from symbiosis.transport.lent import as_table
+from symbiosis.transport.lent import Lender
 from symbiosis.transport.sockets import Address
 from symbiosis.transport.tls import ServerTls
 from symbiosis.wire.exchange import Exchange, Result
@@ -243,14 +243,13 @@ class Executor:
             self._masked_clients.add(client)
         return client, self._welcome(client)
 
-    def lend(self, client: int) -> tuple[int, Json] | None:
-        """The descriptor of the memory that the weights lie in, and where; None if this client
-        is lent nothing."""
+    def lend(self, client: int) -> Lender | None:
+        """The memory that the weights lie in; None if this client is lent nothing."""
         lender = self.weights.lender
         if lender is None or self._fetch_policy(client) == "deny":
             return None
         self._engine.stats.clients[client].lent = True
-        return lender.descriptor, as_table(self.weights.lent)
+        return lender
 
     def detach(self, client: int) -> None:
         if self._guard is not None:

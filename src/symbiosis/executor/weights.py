@@ -120,7 +120,6 @@ class Weights:
         self.device = first.device
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._unpacking = torch.empty(0)
-        self.lent: dict[int, tuple[int, torch.dtype]] = {}  # where they lie, by id
         self.lender = _lender(model) if lend else None
         self._take(model)
         if self.lender is not None:
@@ -263,9 +262,8 @@ class Weights:
             tensor.data = tensor.new_empty(0)  # the model is ours: nobody needs its numbers
         hosted = self._hosted[number]
         if self.lender is not None and hosted.quantized is None:
-            start, placed = self.lender.place(hosted.tensor)
+            placed = self.lender.place(number, hosted.tensor)
             self._hosted[number] = replace(hosted, tensor=placed)
-            self.lent[number] = start, placed.dtype
             if self.quantization is None:
                 tensor.data = placed  # its own memory is needed no more
 

@@ -323,7 +323,7 @@ class AttachedArena:
 
     def __init__(self, descriptor: int) -> None:
         """The caller keeps ``descriptor``. Raises ArenaUnfit, OSError."""
-        self.size_bytes = _checked_size(descriptor)
+        self.size_bytes = checked_size(descriptor, MAX_ARENA_BYTES)
         mapped = mmap.mmap(descriptor, self.size_bytes)
         self._storage = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
 
@@ -365,11 +365,12 @@ class AttachedArena:
 
 
 class ArenaUnfit(Exception):
-    """A descriptor that cannot be mapped safely; the client goes on over its socket."""
+    """A descriptor that cannot be mapped safely."""
 
 
-def _checked_size(descriptor: int) -> int:
-    """Nothing about the memory behind ``descriptor`` may ever raise SIGBUS here."""
+def checked_size(descriptor: int, most_bytes: int) -> int:
+    """The size of the memory behind ``descriptor``, about which nothing may ever raise SIGBUS
+    here. Raises ArenaUnfit."""
     try:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
     except OSError:
@@ -379,8 +380,8 @@ def _checked_size(descriptor: int) -> int:
     if os.fstatvfs(descriptor).f_bsize != _PAGE:  # huge pages may be missing on access
         raise ArenaUnfit("the memory is not made of ordinary pages")
     size = os.fstat(descriptor).st_size
-    if not 0 < size <= MAX_ARENA_BYTES:
-        raise ArenaUnfit(f"{size} bytes; an arena has 1 to {MAX_ARENA_BYTES}")
+    if not 0 < size <= most_bytes:
+        raise ArenaUnfit(f"{size} bytes; an arena has 1 to {most_bytes}")
     return size
 
 
@@ -392,7 +393,8 @@ class Received(NamedTuple):
 
 
 def receive_with_descriptors(connection: socket.socket, buffer: memoryview) -> Received:
-    """Like ``recv_into``; raises ProtocolError, and keeps none, for more than one descriptor."""
+    """Like ``recv_into``, for memory that a peer hands over; raises ProtocolError, and keeps none,
+    for more than one descriptor."""
     room = socket.CMSG_SPACE(_MOST_DESCRIPTORS * 4)
     received, ancillary, flags, _ = connection.recvmsg_into([buffer], room, socket.MSG_CMSG_CLOEXEC)
     descriptors = [
@@ -404,5 +406,5 @@ def receive_with_descriptors(connection: socket.socket, buffer: memoryview) -> R
     if len(descriptors) > 1 or (descriptors and flags & socket.MSG_CTRUNC):
         for descriptor in descriptors:
             os.close(descriptor)
-        raise ProtocolError("several descriptors came at once; a client hands over one arena")
+        raise ProtocolError("several descriptors came at once; a peer hands over one")
     return Received(received, tuple(descriptors))

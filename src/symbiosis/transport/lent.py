@@ -11,12 +11,13 @@ import fcntl
 import mmap
 import os
 import struct
+import sys
 import weakref
 
 import torch
 
 from symbiosis.errors import ProtocolError
-from symbiosis.transport.arena import MAP_NORESERVE
+from symbiosis.transport.arena import MAP_NORESERVE, ArenaUnfit, checked_size
 from symbiosis.wire.frames import Json
 from symbiosis.wire.tensors import ALIGNMENT
 
@@ -41,18 +42,27 @@ class Lender:
         os.ftruncate(self.descriptor, self.num_bytes)
         self._map = mmap.mmap(self.descriptor, self.num_bytes)
         self._end = mmap.PAGESIZE  # before it: what is announced
+        self._at: dict[int, tuple[int, torch.dtype]] = {}
 
     def announce(self, clients: int) -> None:
         """Tell those who borrow how many clients are at work."""
         _COUNT.pack_into(self._map, 0, clients)
 
-    def place(self, tensor: torch.Tensor) -> tuple[int, torch.Tensor]:
-        """A contiguous copy of ``tensor`` in the memory, and where it begins."""
+    def place(self, weight: int, tensor: torch.Tensor) -> torch.Tensor:
+        """A contiguous copy of ``tensor`` in the memory, as the weight of that id."""
         start = -(-self._end // ALIGNMENT) * ALIGNMENT
         placed = _tensor_at(self._map, start, tensor.dtype, tuple(tensor.shape))
         placed.copy_(tensor)
         self._end = start + tensor.nbytes
-        return start, placed
+        self._at[weight] = start, tensor.dtype
+        return placed
+
+    def table(self) -> Json:
+        """Where each weight begins and its dtype, by id, as WELCOME says."""
+        return {
+            str(weight): [start, str(dtype).removeprefix("torch.")]
+            for weight, (start, dtype) in self._at.items()
+        }
 
     def seal(self) -> None:
         """From now on nobody can change it: neither its size, nor, through the descriptor, what
@@ -65,19 +75,21 @@ class Lent:
     """The client's side: an executor's weights, mapped. Tensors keep the mapping alive."""
 
     def __init__(self, descriptor: int, table: object) -> None:
-        """Takes ``descriptor`` over. ``table``: where each weight begins and its dtype, by id,
-        as WELCOME says. Raises ProtocolError, OSError."""
+        """Takes ``descriptor`` over. ``table``: see `Lender.table`. Raises ProtocolError, OSError
+        if there is no address space for it."""
         try:
             self._at = _checked_table(table)
-            if not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
-                raise ProtocolError("the executor lends memory that is not sealed")
             # Private: whoever writes by mistake writes into a copy of the page.
             self._map = mmap.mmap(
                 descriptor,
-                os.fstat(descriptor).st_size,
+                checked_size(descriptor, sys.maxsize),
                 mmap.MAP_PRIVATE | MAP_NORESERVE,
                 mmap.PROT_READ | mmap.PROT_WRITE,
             )
+        except ArenaUnfit as error:
+            raise ProtocolError(
+                f"the executor lends memory that cannot be mapped: {error}"
+            ) from None
         finally:
             os.close(descriptor)
 
@@ -114,14 +126,6 @@ def _checked_table(table: object) -> dict[int, tuple[int, torch.dtype]]:
             f"the executor's table of lent weights makes no sense: {error}"
         ) from None
     return found
-
-
-def as_table(at: dict[int, tuple[int, torch.dtype]]) -> Json:
-    """What WELCOME says of the weights that lie in lent memory."""
-    return {
-        str(number): [start, str(dtype).removeprefix("torch.")]
-        for number, (start, dtype) in at.items()
-    }
 
 
 def _tensor_at(

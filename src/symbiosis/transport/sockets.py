@@ -300,7 +300,10 @@ class SocketChannel:
         self._borrowing = False
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            self.lent = Lent(descriptor, table)
+            try:
+                self.lent = Lent(descriptor, table)
+            except OSError as error:
+                logger.warning("what %s lends is not taken, so it computes: %s", self._url, error)
 
     def close(self) -> None:
         self._socket.close()

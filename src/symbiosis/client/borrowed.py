@@ -1,0 +1,61 @@
+"""The weights that an executor lends to one session, and who else is at work there.
+
+What is lent is computed with here; `symbiosis.client.operations` asks this room what is not. Knows
+the table of weights; knows no exchanges.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from symbiosis.client.welcome import Identity, WeightInfo
+from symbiosis.transport.lent import Lent
+from symbiosis.waiting import sleep_at_once
+
+_WORTH_JOINING = 2 << 20
+"""Elements of a model's mean weight, from which decoders gain by sharing the reading: measured,
+with 1.2 million (Llama 110M) they do not, with 6.6 million (Llama 1B) they do; decision 20."""
+
+
+class Borrowed:
+    """What a session borrows, for as long as a tensor sees it. May be used from any thread."""
+
+    joins_others = False
+    """Do few rows go to the executor all the same, where others' rows join them?"""
+
+    def __init__(self, lent: Lent, weights: dict[int, WeightInfo], identity: Identity) -> None:
+        self._lent = lent
+        self._weights = weights
+        self._identity = identity
+        self._tensors: dict[int, Tensor] = {}
+        self._alone: bool | None = None
+
+    def weight(self, number: int) -> Tensor | None:
+        """A weight where it lies in memory, on the CPU, in the executor's dtype, not to be changed;
+        None if it is not lent. Raises ModelError if the digest that was expected has another,
+        ProtocolError."""
+        if number not in self._lent:
+            return None
+        found = self._tensors.get(number)
+        if found is None:
+            info = self._weights[number]
+            found = self._lent.tensor(number, info.shape)
+            self._identity.check_weight(info.names[0], found)
+            self._tensors[number] = found
+        return found
+
+    def begins(self) -> None:
+        """A forward pass begins: does anybody else use the cores?
+
+        If so, threads sleep while they wait; and few rows are worth an exchange, where weights are
+        so large that reading each once for several clients outweighs it.
+        """
+        alone = self._lent.clients <= 1
+        if alone is not self._alone:
+            self._alone = alone
+            sizes = [math.prod(info.shape) for info in self._weights.values()]
+            large = sum(sizes) >= _WORTH_JOINING * len(sizes)
+            self.joins_others = large and not alone
+            sleep_at_once(not alone)
