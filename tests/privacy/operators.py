@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -50,6 +51,7 @@ class Base:
     def stopped(self):  # type: ignore[no-untyped-def]
         """It is there and says nothing."""
         self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)  # until then its threads run on
         try:
             yield
         finally:
