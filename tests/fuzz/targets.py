@@ -24,8 +24,7 @@ from symbiosis.executor.admission import Admission
 from symbiosis.executor.ops import check_values
 from symbiosis.transport import sockets
 from symbiosis.wire.digest import read_entries
-from symbiosis.wire.frames import Frame, FrameReader, Kind, Limits, Rejected
-from symbiosis.wire.tensors import from_payload
+from symbiosis.wire.frames import Admitted, Frame, FrameReader, Kind, Limits, Rejected
 
 Counts = collections.Counter[str]
 
@@ -56,20 +55,22 @@ class Parser:
         except ProtocolError:
             counts["ended"] += 1
 
-    def _admit(self, kind: Kind, meta: bytes, payload_bytes: int) -> object:
+    def _admit(self, kind: Kind, meta: bytes, payload_bytes: int) -> Admitted:
         if kind is Kind.EXCHANGE:
-            return self._admission.admit(meta, payload_bytes)
+            found = self._admission.admit(meta, payload_bytes)
+            return Admitted(found, found[0].specs)
         if kind is Kind.PLACED:
-            return self._admission.admit_placed(meta, payload_bytes, 1 << 20)
+            exchange, plan, places = self._admission.admit_placed(meta, payload_bytes, 1 << 20)
+            return Admitted((exchange, plan, places), places.inline(exchange.specs))
         if payload_bytes or kind not in (Kind.HELLO, Kind.REQUEST):
             raise ProtocolError("not from a client")
-        return None
+        return Admitted()
 
     def _handle(self, frame: Frame, counts: Counts) -> None:
         try:
             if frame.kind is Kind.EXCHANGE:
-                exchange, plan, _ = frame.admitted  # type: ignore[misc]
-                full = exchange._replace(tensors=from_payload(frame.payload, exchange.specs))
+                exchange, plan, _ = frame.found  # type: ignore[misc]
+                full = exchange._replace(tensors=frame.tensors)
                 check_values(full, plan)
                 outcome = self._base.compute(self._client, full)
                 counts["failed" if isinstance(outcome, SymbiosisError) else "computed"] += 1
@@ -105,8 +106,6 @@ class ClientSide:
 def _understand(frame: Frame) -> None:
     """As a session does."""
     if frame.kind is Kind.RESULT:
-        _, specs = frame.admitted  # type: ignore[misc]
-        from_payload(frame.payload, specs)
         return
     if frame.kind in (Kind.HELLO, Kind.EXCHANGE, Kind.PLACED, Kind.REQUEST):
         return
@@ -119,7 +118,7 @@ def _understand(frame: Frame) -> None:
         return
     with contextlib.suppress(SymbiosisError):
         read_entries(told)
-    unpack_files(told, frame.payload.numpy().tobytes())
+    unpack_files(told, bytes(frame.payload))
 
 
 class Wire:

@@ -105,14 +105,13 @@ class Recorder:
             self.requests.append(frame.json())
         elif frame.kind is Kind.EXCHANGE:
             exchange = unpack_exchange(frame.meta)
-            tensors = from_payload(frame.payload, exchange.specs)
-            exchange = exchange._replace(tensors=tensors)
+            exchange = exchange._replace(tensors=from_payload(frame.tensors[0], exchange.specs))
             self._asked[number, frame.request] = exchange
             self.asked.append(exchange)
         elif frame.kind is Kind.RESULT:
             _, specs = unpack_result(frame.meta)
             asked = self._asked.pop((number, frame.request))
-            self.seen.append(Seen(asked, from_payload(frame.payload, specs)))
+            self.seen.append(Seen(asked, from_payload(frame.tensors[0], specs)))
 
 
 def _frames(reader: FrameReader, data: bytes) -> Iterator[Frame]:

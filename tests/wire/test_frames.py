@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterable
 
 import pytest
+import torch
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from symbiosis.errors import ConnectionLost, ExchangeFailed, InvalidInput, ProtocolError
 from symbiosis.wire.checksums import checked
 from symbiosis.wire.frames import (
+    Admitted,
     Frame,
     FrameReader,
     Kind,
@@ -23,7 +25,7 @@ from symbiosis.wire.frames import (
     error_frame,
     json_frame,
 )
-from symbiosis.wire.tensors import ALIGNMENT, as_bytes
+from symbiosis.wire.tensors import ALIGNMENT, TensorSpec, as_bytes, offsets
 
 Sent = tuple[Kind, int, bytes, bytes]
 
@@ -58,7 +60,7 @@ def whole(reader: FrameReader, data: bytes) -> list[Frame | Rejected]:
 
 def plain(frame: Frame | Rejected) -> Sent:
     assert isinstance(frame, Frame)
-    return frame.kind, frame.request, frame.meta, bytes(as_bytes(frame.payload))
+    return frame.kind, frame.request, frame.meta, bytes(frame.payload)
 
 
 frames = st.lists(
@@ -114,7 +116,31 @@ def test_meta_sections_larger_than_the_scratch_buffer(chunk: int) -> None:
 def test_payloads_are_aligned() -> None:
     for frame in whole(FrameReader(), wire(5, 1, b"m", bytes(100)) + wire(5, 2, b"me", bytes(9))):
         assert isinstance(frame, Frame)
-        assert frame.payload.data_ptr() % ALIGNMENT == 0
+        assert frame.tensors[0].data_ptr() % ALIGNMENT == 0
+
+
+@pytest.mark.parametrize("checks", [False, True])
+@pytest.mark.parametrize("chunk", [1, 60, 1 << 30])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_payload_is_the_tensors_that_were_admitted(count: int, chunk: int, checks: bool) -> None:
+    """On the CPU, whatever the caller's default device is."""
+    sent = [torch.rand(2, 5 + i).to(torch.bfloat16) for i in range(count)]
+    specs = tuple(TensorSpec(tensor.dtype, tuple(tensor.shape)) for tensor in sent)
+    starts, end = offsets(specs)
+    payload = bytearray(end)
+    for start, tensor in zip(starts, sent, strict=True):
+        payload[start : start + tensor.nbytes] = as_bytes(tensor)
+    reader = FrameReader(admit=lambda *_: Admitted("found", specs))
+    make = checked_wire if checks else wire
+    with torch.device("meta"):
+        (frame,) = feed(reader, make(5, 1, b"m", bytes(payload)), itertools.repeat(chunk))
+    assert isinstance(frame, Frame)
+    assert (frame.found, bytes(frame.payload)) == ("found", payload)
+    assert len(frame.tensors) == count
+    for found, tensor in zip(frame.tensors, sent, strict=True):
+        assert torch.equal(found, tensor)
+        assert found.data_ptr() % ALIGNMENT == 0
+        assert not found._is_view()
 
 
 def test_limits_are_inclusive() -> None:
@@ -167,10 +193,10 @@ def test_mutated_streams_never_raise_anything_else(
     assert all(isinstance(frame, Frame) for frame in found)
 
 
-def refuse_odd(kind: Kind, meta: bytes, payload_bytes: int) -> object:
+def refuse_odd(kind: Kind, meta: bytes, payload_bytes: int) -> Admitted:
     if meta.startswith(b"odd"):
         raise InvalidInput("odd")
-    return payload_bytes
+    return Admitted(payload_bytes)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.binary(max_size=300)), max_size=8), chunkings)
@@ -192,7 +218,7 @@ def test_a_rejected_payload_is_skipped_and_the_next_frame_read(
         else:
             assert plain(frame) == (kind, request, meta, payload)
             assert isinstance(frame, Frame)
-            assert frame.admitted == len(payload)
+            assert frame.found == len(payload)
     assert not reader.mid_frame
 
 
@@ -207,7 +233,7 @@ def test_nothing_is_allocated_for_a_rejected_payload() -> None:
 
 
 def test_a_protocol_error_of_admit_ends_the_stream() -> None:
-    def admit(kind: Kind, meta: bytes, payload_bytes: int) -> object:
+    def admit(kind: Kind, meta: bytes, payload_bytes: int) -> Admitted:
         raise ProtocolError("no")
 
     with pytest.raises(ProtocolError, match="no"):
@@ -316,9 +342,9 @@ def test_no_damage_passes(sent: list[Sent], chunks: Iterable[int], data: st.Data
             stream[at : at + 16] = stream[at : at + 16][::-1]
     found: list[Frame | Rejected] = []
 
-    def record(kind: Kind, meta: bytes, payload_bytes: int) -> object:
+    def record(kind: Kind, meta: bytes, payload_bytes: int) -> Admitted:
         assert (kind, meta) in [(kind, meta) for kind, _, meta, _ in sent]
-        return None
+        return Admitted()
 
     reader = FrameReader(admit=record, checked=True)
     try:

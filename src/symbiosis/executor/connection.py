@@ -29,6 +29,7 @@ from symbiosis.transport.tls import TlsSocket
 from symbiosis.wire.checksums import checked
 from symbiosis.wire.exchange import Exchange, Result, pack_result
 from symbiosis.wire.frames import (
+    Admitted,
     Frame,
     FrameReader,
     Json,
@@ -39,7 +40,7 @@ from symbiosis.wire.frames import (
     json_frame,
 )
 from symbiosis.wire.places import Places
-from symbiosis.wire.tensors import as_bytes, from_payload, offsets, spec_of
+from symbiosis.wire.tensors import as_bytes, offsets, spec_of
 
 if TYPE_CHECKING:
     from symbiosis.executor.server import Server
@@ -289,12 +290,12 @@ class Connection:
         """Must what has not begun to arrive wait? What has begun is on its account already."""
         return not self._arriving.input_bytes and account.delay_s(self._server.engine.clock()) > 0
 
-    def _admit(self, kind: Kind, meta: bytes, payload_bytes: int) -> object:
+    def _admit(self, kind: Kind, meta: bytes, payload_bytes: int) -> Admitted:
         """Before memory is allocated: does the exchange fit the model's table, and the quota?"""
-        admitted = self._fit(kind, meta, payload_bytes)
-        if admitted is None:
-            return None
-        exchange, plan, _ = admitted
+        found = self._fit(kind, meta, payload_bytes)
+        if found is None:
+            return Admitted()
+        exchange, plan, places = found
         memory_bytes, input_bytes = payload_bytes + plan.result_bytes, 0
         if memory_bytes <= FREE_BYTES:
             memory_bytes = 0
@@ -305,7 +306,8 @@ class Connection:
             input_bytes = offsets(exchange.specs)[1]
             self.account.begin(input_bytes, plan.rows, self._server.engine.clock())
         self._arriving = Taken(input_bytes, memory_bytes)
-        return admitted
+        specs = exchange.specs
+        return Admitted(found, specs if places is None else places.inline(specs))
 
     def _abandon_arriving(self) -> None:
         """An exchange that was admitted will not be complete."""
@@ -344,8 +346,8 @@ class Connection:
 
     def _handle(self, frame: Frame) -> None:
         if frame.kind is Kind.EXCHANGE or frame.kind is Kind.PLACED:
-            assert isinstance(frame.admitted, tuple)
-            self._exchange(frame, *frame.admitted)
+            assert isinstance(frame.found, tuple)
+            self._exchange(frame, *frame.found)
         elif frame.kind is Kind.HELLO:
             self._greeted(frame.json())
         else:
@@ -384,12 +386,10 @@ class Connection:
         self._in_flight += 1
         taken, self._arriving = self._arriving, Taken()
         self._count(bytes_in=len(frame.meta) + len(frame.payload))
-        place = None
-        if places is None:
-            tensors = from_payload(frame.payload, exchange.specs)
-        else:
+        tensors, place = frame.tensors, None
+        if places is not None:
             assert self._arena is not None
-            tensors = self._arena.inputs(places, exchange.specs, frame.payload)
+            tensors = self._arena.inputs(places, exchange.specs, tensors)
             place = functools.partial(self._arena.place, places)
         self._server.engine.submit(
             self._client,

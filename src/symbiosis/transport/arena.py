@@ -24,7 +24,7 @@ import torch
 
 from symbiosis.errors import ProtocolError
 from symbiosis.wire.places import INLINE, Places, Room
-from symbiosis.wire.tensors import ITEM_BYTES, TensorSpec, from_payload
+from symbiosis.wire.tensors import ITEM_BYTES, TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +99,10 @@ class Laid(NamedTuple):
     held: list[memoryview]
 
     def results(
-        self, specs: tuple[TensorSpec, ...], payload: torch.Tensor
+        self, specs: tuple[TensorSpec, ...], came: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]:
-        """The results where they lie: in their places, or in the answer's payload."""
-        rest = iter(from_payload(payload, self.outside(specs)))
+        """The results where they lie: in their places, or ``came`` with the answer."""
+        rest = iter(came)
         return tuple(
             _in_block(self.blocks[i], spec) if self.places.holds(i, spec.num_bytes) else next(rest)
             for i, spec in enumerate(specs)
@@ -328,10 +328,11 @@ class AttachedArena:
         self._storage = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
 
     def inputs(
-        self, places: Places, specs: tuple[TensorSpec, ...], payload: torch.Tensor
+        self, places: Places, specs: tuple[TensorSpec, ...], came: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]:
-        """The input tensors, in the arena or in the payload; ``places`` have been checked."""
-        rest = iter(from_payload(payload, places.inline(specs)))
+        """The input tensors, in the arena or as they ``came`` in the payload; ``places`` have been
+        checked."""
+        rest = iter(came)
         return tuple(
             next(rest) if start == INLINE else self._tensor(start, spec.dtype, spec.shape)
             for start, spec in zip(places.inputs, specs, strict=True)

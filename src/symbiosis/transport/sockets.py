@@ -33,6 +33,7 @@ from symbiosis.transport.tls import Secret, Tls, client_context, reason_of, secu
 from symbiosis.wire.checksums import checked
 from symbiosis.wire.exchange import Exchange, Result, pack_exchange, unpack_result
 from symbiosis.wire.frames import (
+    Admitted,
     Frame,
     FrameReader,
     Json,
@@ -43,7 +44,7 @@ from symbiosis.wire.frames import (
     pack_header,
 )
 from symbiosis.wire.places import pack_places
-from symbiosis.wire.tensors import ALIGNMENT, TensorSpec, as_bytes, from_payload, offsets
+from symbiosis.wire.tensors import ALIGNMENT, TensorSpec, as_bytes, offsets
 
 logger = logging.getLogger(__name__)
 
@@ -280,21 +281,21 @@ class SocketChannel:
         except SymbiosisError:  # refused, or nobody is there: nobody uses the places any more
             self._awaited.laid = None
             raise
-        assert isinstance(frame.admitted, tuple)
-        result, specs = frame.admitted
+        assert isinstance(frame.found, tuple)
+        result, specs = frame.found
         if self._arena is not None:
             self._arena.learn(product, elements, specs)
             if self._awaited.laid is not None:
-                found = self._awaited.laid.results(specs, frame.payload)
+                found = self._awaited.laid.results(specs, frame.tensors)
                 self._awaited.laid = None
                 return Result(found, *result[1:])
-        return Result(from_payload(frame.payload, specs), *result[1:])
+        return Result(frame.tensors, *result[1:])
 
     def request(self, question: Json) -> tuple[Json, torch.Tensor]:
         self._request += 1
         self._send([json_frame(Kind.REQUEST, self._request, question)])
         frame = self._expect(Kind.REPLY)
-        return frame.json(), frame.payload
+        return frame.json(), frame.tensors[0]
 
     def _borrow(self, table: object) -> None:
         self._borrowing = False
@@ -441,12 +442,12 @@ class _Awaited:
     def __init__(self) -> None:
         self.laid: Laid | None = None
 
-    def admit(self, kind: Kind, meta: bytes, payload_bytes: int) -> object:
+    def admit(self, kind: Kind, meta: bytes, payload_bytes: int) -> Admitted:
         """See `Admit`."""
         if kind is not Kind.RESULT:
-            return None
+            return Admitted()
         result, specs = unpack_result(meta)
         inline = specs if self.laid is None else self.laid.outside(specs)
         if offsets(inline)[1] != payload_bytes:
             raise ProtocolError("a result's payload does not fit its description")
-        return result, specs
+        return Admitted((result, specs), inline)

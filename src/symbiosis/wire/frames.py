@@ -20,7 +20,7 @@ import torch
 
 from symbiosis.errors import DamagedFrame, ExchangeFailed, ProtocolError, SymbiosisError
 from symbiosis.wire.checksums import CHECKED, CHECKSUM, checksum
-from symbiosis.wire.tensors import as_bytes, empty_payload
+from symbiosis.wire.tensors import TensorSpec, allocate
 
 MAGIC = b"SY"
 VERSION = 1
@@ -53,14 +53,22 @@ class Limits(NamedTuple):
     payload_bytes: int = 1 << 30
 
 
+class Admitted(NamedTuple):
+    """What ``admit`` says of a frame that may come in."""
+
+    found: object = None  # it comes with the frame
+    specs: tuple[TensorSpec, ...] | None = None  # of the tensors in the payload; None: of bytes
+
+
 class Frame(NamedTuple):
-    """One complete frame. ``payload`` is uint8 (payload_bytes,), owned by the receiver."""
+    """One complete frame."""
 
     kind: Kind
     request: int
     meta: bytes
-    payload: torch.Tensor
-    admitted: object  # what ``admit`` made of the meta section
+    tensors: tuple[torch.Tensor, ...]  # in the payload: as admitted, else one of uint8 (bytes,)
+    payload: memoryview  # their bytes
+    found: object  # what ``admit`` made of the meta section
 
     def json(self) -> Json:
         """The meta section as a JSON object; raises ProtocolError if it is not one."""
@@ -100,15 +108,15 @@ class Postponed(Exception):
     """Raised by ``admit``: not now. The frame stays in the reader, to be admitted later."""
 
 
-Admit = Callable[[Kind, bytes, int], object]
-"""Called with kind, meta and payload length before the payload's memory is allocated. What it
-returns comes with the frame. Raises to refuse: a ProtocolError ends the connection, any other
-error rejects the one frame, `Postponed` leaves it in the reader."""
+Admit = Callable[[Kind, bytes, int], Admitted]
+"""Called with kind, meta and payload length before the payload's memory is allocated. Raises to
+refuse: a ProtocolError ends the connection, any other error rejects the one frame, `Postponed`
+leaves it in the reader. The tensors it finds in a payload are as long as the payload."""
 
 
-def _admit_all(kind: Kind, meta: bytes, payload_bytes: int) -> object:
+def _admit_all(kind: Kind, meta: bytes, payload_bytes: int) -> Admitted:
     """Accept whatever is within the limits."""
-    return None
+    return Admitted()
 
 
 class FrameReader:
@@ -135,19 +143,17 @@ class FrameReader:
         self._view = memoryview(bytearray(self._SCRATCH_BYTES))
         self._begin = 0  # view[begin:end] is received and not yet used
         self._end = 0
-        # of the frame whose payload is coming: kind, request, meta, admitted
-        self._head: tuple[Kind, int, bytes, object] | None = None
-        self._payload: torch.Tensor | None = None
-        self._payload_view = memoryview(b"")
+        self._coming: Frame | None = None  # its payload is
+        self._payload: memoryview | None = None
         self._filled = 0
         self._skip = 0  # bytes of a rejected payload still to be dropped
         self._seed: int | None = None  # of the coming payload's checksum, if it has one
-        self._unverified: torch.Tensor | None = None  # a whole payload whose checksum is coming
+        self._unverified: memoryview | None = None  # a whole payload whose checksum is coming
 
     @property
     def mid_frame(self) -> bool:
         """True while a frame has begun and is not complete."""
-        return self._head is not None or self._end > self._begin or self._skip > 0
+        return self._coming is not None or self._end > self._begin or self._skip > 0
 
     @property
     def in_payload(self) -> bool:
@@ -157,7 +163,7 @@ class FrameReader:
     def buffer(self) -> memoryview:
         """Where to put the next bytes; never empty."""
         if self._payload is not None:
-            return self._payload_view[self._filled :]
+            return self._payload[self._filled :]
         if self._begin:
             self._view[: self._end - self._begin] = self._view[self._begin : self._end]
             self._begin, self._end = 0, self._end - self._begin
@@ -183,7 +189,7 @@ class FrameReader:
     def next(self) -> Frame | Rejected | None:
         """The next complete frame, or None until more has been received."""
         if self._payload is not None:
-            whole = self._filled == len(self._payload_view)
+            whole = self._filled == len(self._payload)
             return self._verify(self._payload) if whole else None
         if self._unverified is not None:
             return self._verify(self._unverified)
@@ -228,8 +234,8 @@ class FrameReader:
         begin, self._begin = self._begin, end + sum_bytes
         self._seed = seed if payload_bytes else None
         try:
-            admitted = self._admit(known, meta, payload_bytes)
-            payload = _allocated(payload_bytes)
+            found, specs = self._admit(known, meta, payload_bytes)
+            tensors, payload = _allocated(specs, payload_bytes)
         except Postponed:
             self._begin = begin
             return None
@@ -238,7 +244,7 @@ class FrameReader:
         except SymbiosisError as error:
             self._skip = payload_bytes + (sum_bytes if payload_bytes else 0)
             return Rejected(request, error)
-        self._head = (known, request, meta, admitted)
+        self._coming = Frame(known, request, meta, tensors, payload, found)
         return self._start_payload(payload, payload_bytes)
 
     def _checksum_bytes(self, kind: int) -> int:
@@ -261,40 +267,42 @@ class FrameReader:
             raise DamagedFrame(f"a frame's {section} was damaged on the way: wrong checksum")
         return found
 
-    def _verify(self, payload: torch.Tensor) -> Frame | None:
+    def _verify(self, payload: memoryview) -> Frame | None:
         """The frame whose payload is whole, if its checksum is there too."""
         if self._seed is None:
-            return self._finish(payload)
+            return self._finish()
         self._payload, self._unverified = None, payload
         if self._end - self._begin < CHECKSUM.size:
             return None
-        self._check("payload", as_bytes(payload), self._begin, self._seed)
+        self._check("payload", payload, self._begin, self._seed)
         self._begin += CHECKSUM.size
         self._unverified = None
-        return self._finish(payload)
+        return self._finish()
 
-    def _start_payload(self, payload: torch.Tensor, payload_bytes: int) -> Frame | None:
+    def _start_payload(self, payload: memoryview, payload_bytes: int) -> Frame | None:
         here = min(payload_bytes, self._end - self._begin)
-        view = as_bytes(payload)
         if here:
-            view[:here] = self._view[self._begin : self._begin + here]
+            payload[:here] = self._view[self._begin : self._begin + here]
             self._begin += here
         if here == payload_bytes:
             return self._verify(payload)
-        self._payload, self._payload_view, self._filled = payload, view, here
+        self._payload, self._filled = payload, here
         return None
 
-    def _finish(self, payload: torch.Tensor) -> Frame:
-        assert self._head is not None
-        kind, request, meta, admitted = self._head
-        self._head, self._payload, self._payload_view = None, None, memoryview(b"")
-        return Frame(kind, request, meta, payload, admitted)
+    def _finish(self) -> Frame:
+        assert self._coming is not None
+        complete, self._coming, self._payload = self._coming, None, None
+        return complete
 
 
-def _allocated(num_bytes: int) -> torch.Tensor:
+def _allocated(
+    specs: tuple[TensorSpec, ...] | None, num_bytes: int
+) -> tuple[tuple[torch.Tensor, ...], memoryview]:
     """Memory for a payload; raises ExchangeFailed where there is none."""
+    if specs is None:
+        specs = (TensorSpec(torch.uint8, (num_bytes,)),)
     try:
-        return empty_payload(num_bytes)
+        return allocate(specs, num_bytes)
     except (RuntimeError, MemoryError):
         raise ExchangeFailed(
             f"out of memory: no {num_bytes} bytes for a payload; send fewer rows at a time"
