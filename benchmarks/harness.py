@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "build" / "bench-models"
@@ -122,33 +122,17 @@ def environment(*, passive: bool, ours: bool = False) -> dict[str, str]:
     return env
 
 
-class Worker:
-    """A process that holds a model, whole or split, and runs units of work on command."""
+class Process:
+    """A process that runs units of work on command: JSON lines on its standard input, outcomes on
+    its standard output."""
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        threads: int,
-        passive: bool,
-        seed: int = 0,
-        privacy: dict[str, Any] | None = None,
-    ) -> None:
-        """``model``: a folder (the whole model in that process) or an executor's URL;
-        ``privacy``: options of a `symbiosis.Privacy`."""
+    def __init__(self, arguments: list[str], env: dict[str, str]) -> None:
         self._process = subprocess.Popen(
-            [
-                *(sys.executable, str(WORKER), model, str(threads), str(seed)),
-                json.dumps(privacy or {}),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(passive=passive, ours="://" in model),
+            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
         self.pid = self._process.pid
 
-    def ready(self) -> Worker:
+    def ready(self) -> Self:
         """Wait until the model is loaded."""
         self._answer()
         return self
@@ -179,6 +163,25 @@ class Worker:
         if not line:
             raise RuntimeError(f"worker {self.pid} ended with code {self._process.wait()}")
         return json.loads(line)  # type: ignore[no-any-return]
+
+
+class Worker(Process):
+    """One that holds a model, whole or split."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        threads: int,
+        passive: bool,
+        seed: int = 0,
+        privacy: dict[str, Any] | None = None,
+    ) -> None:
+        """``model``: a folder (the whole model in that process) or an executor's URL;
+        ``privacy``: options of a `symbiosis.Privacy`."""
+        arguments = [sys.executable, str(WORKER), model, str(threads), str(seed)]
+        env = environment(passive=passive, ours="://" in model)
+        super().__init__([*arguments, json.dumps(privacy or {})], env)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,17 @@ def adapter_names(found: Found) -> list[str]:
     ]
 
 
+def vllm_cpu(found: Found) -> list[str]:
+    return [
+        f"| {found['model']}: {count} LoRA decoders, prompts of {found['context']} tokens, {unit}, "
+        f"peer: vLLM on the CPU | {each['split_tokens_per_s']:.1f} against "
+        f"{each['vllm_tokens_per_s']:.1f} tokens/s | **{each['ratio']:.2f}** |"
+        for count, row in found.items()
+        if isinstance(row, dict)
+        for unit, each in row.items()
+    ]
+
+
 def makers() -> Iterator[tuple[str, Callable[[Found], list[str]]]]:
     """The results that the table is made from, in its order, and what makes their rows."""
     yield "exactness", exactness
@@ -93,6 +104,8 @@ def makers() -> Iterator[tuple[str, Callable[[Found], list[str]]]]:
         yield f"decoding{suffix}", partial(shared, what="decoder")
     for suffix in SUFFIXES:
         yield f"adapter-names{suffix}", adapter_names
+    for suffix in SUFFIXES:
+        yield f"vllm-cpu{suffix}", vllm_cpu
 
 
 def main() -> None:

