@@ -33,11 +33,13 @@ from worker import METHODS
 
 def make_adapters(model: Path, count: int, folder: Path) -> list[str]:
     """LoRA of rank 16 on all linear layers, as `worker.py` has it, saved."""
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), METHODS["lora"](), "0")
-    for number in range(1, count):
-        adapted.add_adapter(str(number), METHODS["lora"]())
+    names = [f"adapter{number:03}" for number in range(count)]  # peft cuts ".1" from "layers.1"
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    adapted = get_peft_model(whole, METHODS["lora"](), names[0])
+    for name in names[1:]:
+        adapted.add_adapter(name, METHODS["lora"]())
     adapted.save_pretrained(folder)
-    return [str(folder / str(number)) for number in range(count)]
+    return [str(folder / name) for name in names]
 
 
 def run_clients(clients: list[Worker], context: int, tokens: int) -> dict[str, float]:

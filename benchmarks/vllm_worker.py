@@ -36,16 +36,28 @@ def make(model: str, adapters: list[str]) -> LLM:
     )
 
 
-def timed(llm: LLM, loras: list[LoRARequest], context: int, tokens: int) -> float:
-    """Seconds for one prompt of ``context`` random tokens for each adapter, and ``tokens`` more."""
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
-    prompts: list[Any] = [
-        {"prompt_token_ids": random.choices(range(vocabulary), k=context)} for _ in loras
-    ]
-    how = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+def decode(llm: LLM, loras: list[LoRARequest], context: int, tokens: int) -> dict[str, float]:
+    """A prompt of ``context`` random tokens and ``tokens`` more for each adapter, all at once:
+    tokens/s of the prompts, until each has its first token, and of the tokens after that."""
+    engine = llm.llm_engine
+    vocabulary = engine.model_config.get_vocab_size()
+    how = SamplingParams(temperature=0, max_tokens=1 + tokens, ignore_eos=True, detokenize=False)
     started_s = time.perf_counter()
-    llm.generate(prompts, how, lora_request=loras, use_tqdm=False)
-    return time.perf_counter() - started_s
+    for lora in loras:
+        prompt: Any = {"prompt_token_ids": random.choices(range(vocabulary), k=context)}
+        engine.add_request(f"{lora.lora_name}-{started_s}", prompt, how, lora_request=lora)
+    made: dict[str, int] = {}
+    begun_s, begun = 0.0, 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            made[output.request_id] = len(output.outputs[0].token_ids)
+        if not begun_s and len(made) == len(loras):
+            begun_s, begun = time.perf_counter(), sum(made.values())
+    ended_s = time.perf_counter()
+    return {
+        "prefill": len(loras) * context / (begun_s - started_s),
+        "decode": (sum(made.values()) - begun) / (ended_s - begun_s),
+    }
 
 
 def main() -> None:
@@ -54,14 +66,7 @@ def main() -> None:
     loras = [LoRARequest(str(n), n, folder) for n, folder in enumerate(adapters, 1)]
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
-        command = json.loads(line)
-        context, tokens = command["context"], command.get("tokens", 0)
-        first_s = timed(llm, loras, context, 1)  # with the prompts comes the first token
-        rates = {"prefill": len(loras) * context / first_s}
-        if tokens:
-            all_s = timed(llm, loras, context, 1 + tokens)
-            rates["decode"] = len(loras) * tokens / (all_s - first_s)
-        print(json.dumps(rates), file=answers, flush=True)
+        print(json.dumps(decode(llm, loras, **json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":
