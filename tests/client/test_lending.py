@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -244,6 +247,28 @@ def test_a_job_of_the_command_line_borrows(supervised: Served, tmp_path: Path) -
     )
     assert lent.keys() == sent.keys()
     assert all(torch.equal(lent[name], sent[name]) for name in sent)
+
+
+def test_an_idle_session_of_another_process_is_no_company(supervised: Served) -> None:
+    code = f"import symbiosis as s; b = s.connect({supervised.unix!r}); print(b.borrowed); input()"
+    idle = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert idle.stdout is not None
+        assert "Borrowed" in idle.stdout.readline()
+        with connect(supervised.unix) as session:
+            assert session.borrowed is not None
+            assert len(session.executor_stats()["clients"]) == 2
+            model, ids = session.model(), tiny.tokens()
+            until_s = time.monotonic() + 60
+            while session.borrowed.clients != 1:  # this process computes all the time
+                assert time.monotonic() < until_s
+                logits(model, ids)
+            assert idle.poll() is None
+    finally:
+        idle.kill()
+        idle.communicate()
 
 
 @pytest.fixture

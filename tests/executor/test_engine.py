@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -245,7 +248,50 @@ def test_who_is_at_work_is_announced() -> None:
     assert seen(first) == 1
     assert seen(first, second) == 2
     assert seen() == 0
-    engine.stats.clients[borrower].lent = True
+    engine.stats.clients[borrower].lent = True  # by whom, is not known
     assert (seen(), seen(first), seen(borrower)) == (1, 2, 1)
     engine.remove_client(borrower)
     assert seen() == 0
+
+
+def test_who_borrows_is_at_work_while_its_process_uses_the_processor() -> None:
+    engine = Engine(Weights(tiny.llama(), "tiny", lend=True), Scheduler("greedy"))
+    assert engine.weights.lender is not None
+    lent = Lent(os.dup(engine.weights.lender.descriptor), engine.weights.lender.table())
+    idle = subprocess.Popen(["sleep", "600"])
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        clients = []
+        for process in (idle, busy, busy):  # the second has two sessions
+            clients.append(client_of(engine))
+            stats = engine.stats.clients[clients[-1]]
+            stats.lent, stats.pid = True, process.pid
+        engine.look_at_company()
+        assert lent.clients == 2  # nothing is known of either
+        assert _announced(engine, lent, 1)
+        for client in clients[1:]:
+            engine.remove_client(client)
+        engine.look_at_company()
+        assert lent.clients == 0
+        submit(engine, clients[0], linear(engine.weights, torch.randn(1, 32)))
+        drain(engine)
+        engine.look_at_company()
+        assert lent.clients == 1
+        idle.kill()
+        idle.wait()
+        engine.look_at_company()
+        assert lent.clients == 1  # as long as its session is there
+    finally:
+        for process in (idle, busy):
+            process.kill()
+            process.wait()
+
+
+def _announced(engine: Engine, lent: Lent, count: int) -> bool:
+    """So many are at work by one of the looks of the next minute."""
+    for _ in range(120):
+        time.sleep(0.5)
+        engine.look_at_company()
+        if lent.clients == count:
+            return True
+    return False

@@ -32,6 +32,11 @@ class Borrowed:
         self._tensors: dict[int, Tensor] = {}
         self._alone: bool | None = None
 
+    @property
+    def clients(self) -> int:
+        """How many are at work there, by what the executor last announced."""
+        return self._lent.clients
+
     def weight(self, number: int) -> Tensor | None:
         """A weight where it lies in memory, on the CPU, in the executor's dtype, not to be changed;
         None if it is not lent. Raises ModelError if the digest that was expected has another,
@@ -52,7 +57,7 @@ class Borrowed:
         If so, threads sleep while they wait; and few rows are worth an exchange, where weights are
         so large that reading each once for several clients outweighs it.
         """
-        alone = self._lent.clients <= 1
+        alone = self.clients <= 1
         if alone is not self._alone:
             self._alone = alone
             sizes = [math.prod(info.shape) for info in self._weights.values()]

@@ -46,7 +46,7 @@ class Administration:
     def detach(self, client: int) -> None:
         pass
 
-    def lend(self, client: int) -> None:
+    def lend(self, client: int, pid: int | None) -> None:
         """Nothing: an operator computes nothing."""
 
     def answer(self, client: int, question: Json) -> tuple[Json, torch.Tensor]:

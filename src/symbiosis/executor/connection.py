@@ -24,7 +24,7 @@ from symbiosis.executor.ring import only_ring
 from symbiosis.executor.tenants import Account
 from symbiosis.transport.arena import ArenaUnfit, AttachedArena, receive_with_descriptors
 from symbiosis.transport.lent import Lender
-from symbiosis.transport.sockets import exchange_parts
+from symbiosis.transport.sockets import exchange_parts, peer_of
 from symbiosis.transport.tls import TlsSocket
 from symbiosis.wire.checksums import checked
 from symbiosis.wire.exchange import Exchange, Result, pack_result
@@ -67,7 +67,7 @@ class Desk(Protocol):
 
     def detach(self, client: int) -> None: ...
 
-    def lend(self, client: int) -> Lender | None: ...
+    def lend(self, client: int, pid: int | None) -> Lender | None: ...
 
     def answer(self, client: int, question: Json) -> tuple[Json, torch.Tensor]: ...
 
@@ -370,9 +370,10 @@ class Connection:
                 welcome = {**welcome, "arena": str(error)}
             self._drop_descriptors()
         descriptor = None
-        asked = hello.get("lend") and self._transport == "unix"
-        if asked and (lender := self._desk.lend(client)) is not None:
-            descriptor, welcome = lender.descriptor, {**welcome, "lent": lender.table()}
+        if hello.get("lend") and self._transport == "unix":
+            assert isinstance(self.socket, socket.socket)
+            if (lender := self._desk.lend(client, peer_of(self.socket))) is not None:
+                descriptor, welcome = lender.descriptor, {**welcome, "lent": lender.table()}
         self._send([json_frame(Kind.WELCOME, 0, welcome)], descriptor)
 
     def _certificate_names(self) -> tuple[str, ...]:

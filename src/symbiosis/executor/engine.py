@@ -18,6 +18,7 @@ import torch
 
 from symbiosis.errors import ConnectionLost, ExchangeFailed, InvalidInput, SymbiosisError
 from symbiosis.executor import batch, ops, walks
+from symbiosis.executor.processes import Processes
 from symbiosis.executor.scheduler import Batch, Request, Scheduler, Terms
 from symbiosis.executor.stats import ClientStats, Stats
 from symbiosis.executor.tenants import Account
@@ -62,6 +63,7 @@ class Engine:
         self._tenants: dict[str | None, Account] = {}  # the same, and of clients that have left
         self._company = walks.Company()
         self._counted: dict[int, int] = {}  # exchanges by client, at the last look
+        self._processes = Processes()  # of clients that were lent weights
         self._request_ids = itertools.count(1)
         self._client_ids = itertools.count(1)
         self._queue_lock = threading.Lock()  # scheduler, pending, stats; held briefly
@@ -173,13 +175,16 @@ class Engine:
     def look_at_company(self) -> None:
         """To be called about once a second. With one client at work the device's threads stay
         awake for its next exchange; with more, they leave the cores to them. Clients that were
-        lent weights are told, and count as being at work as long as they are attached."""
+        lent weights are told. Of them, each process that uses the processor is at work."""
         with self._queue_lock:
             counts = {id: each.exchanges for id, each in self.stats.clients.items()}
-            lent = [id for id, each in self.stats.clients.items() if each.lent]
+            lent = {id: each.pid for id, each in self.stats.clients.items() if each.lent}
         working = {id for id, count in counts.items() if count != self._counted.get(id, 0)}
         self._counted = counts
-        at_work = len(working.union(lent))
+        busy = self._processes.busy({pid for pid in lent.values() if pid is not None})
+        processes = {pid for id, pid in lent.items() if pid in busy or id in working}
+        unknown = sum(pid is None for pid in lent.values())
+        at_work = len(working - lent.keys()) + len(processes - {None}) + unknown
         sleep_at_once(at_work > 1)
         if self.weights.lender is not None:
             self.weights.lender.announce(at_work)

@@ -243,12 +243,14 @@ class Executor:
             self._masked_clients.add(client)
         return client, self._welcome(client)
 
-    def lend(self, client: int) -> Lender | None:
-        """The memory that the weights lie in; None if this client is lent nothing."""
+    def lend(self, client: int, pid: int | None) -> Lender | None:
+        """The memory that the weights lie in; None if this client is lent nothing. ``pid`` is its
+        process, as the system says, if it does."""
         lender = self.weights.lender
         if lender is None or self._fetch_policy(client) == "deny":
             return None
-        self._engine.stats.clients[client].lent = True
+        stats = self._engine.stats.clients[client]
+        stats.lent, stats.pid = True, pid
         return lender
 
     def detach(self, client: int) -> None:

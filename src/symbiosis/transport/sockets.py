@@ -15,6 +15,7 @@ import os
 import socket
 import ssl
 import stat
+import struct
 from urllib.parse import urlsplit
 
 import torch
@@ -53,6 +54,7 @@ _BUFFER_BYTES = 4 << 20
 _CLIENT_LIMITS = Limits(meta_bytes=256 << 20, payload_bytes=1 << 40)
 _PADDING = bytes(ALIGNMENT)
 _JOINED_BYTES = 1 << 16
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _GONE_AFTER_S = 60
 _LIVENESS = [
     (getattr(socket, name), value)
@@ -153,6 +155,14 @@ def tune(connection: socket.socket) -> None:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             with contextlib.suppress(OSError):
                 connection.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+
+
+def peer_of(connection: socket.socket) -> int | None:
+    """The process behind a UNIX socket, as the kernel says; None if it is of another namespace."""
+    pid, _, _ = _CREDENTIALS.unpack(
+        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    )
+    return pid or None
 
 
 def exchange_parts(
