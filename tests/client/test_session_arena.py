@@ -156,3 +156,15 @@ def test_an_interrupted_exchange_does_not_disturb_later_ones(
     finally:
         signal.signal(signal.SIGALRM, previous)
     assert interrupted
+
+
+def test_a_default_device_of_the_caller_is_not_that_of_what_is_sent(serve: Serve) -> None:
+    executor, url = serve(tiny.llama())
+    with connect(url) as session:
+        for rows in (3, 4096):  # 384 bytes, half a megabyte
+            x = torch.randn(rows, 32)
+            wanted = F.linear(x, executor.weights.view(weight_id(executor, UP), ()))
+            for _ in range(2):  # the first time the result has no room
+                with torch.device("meta"):
+                    found = product(session, executor, x)
+                assert torch.equal(found, wanted)

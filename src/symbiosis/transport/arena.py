@@ -24,7 +24,7 @@ import torch
 
 from symbiosis.errors import ProtocolError
 from symbiosis.wire.places import INLINE, Places, Room
-from symbiosis.wire.tensors import ITEM_BYTES, TensorSpec
+from symbiosis.wire.tensors import ITEM_BYTES, TensorSpec, in_storage
 
 logger = logging.getLogger(__name__)
 
@@ -312,10 +312,9 @@ def _map_private(address: int, size: int) -> None:
 def _in_block(block: memoryview | None, spec: TensorSpec) -> torch.Tensor:
     """A tensor at the start of ``block``; its storage keeps the block alive."""
     assert block is not None
-    dtype, shape = spec
-    count = spec.num_bytes // ITEM_BYTES[dtype]
-    storage = torch.frombuffer(block, dtype=dtype, count=count).untyped_storage()
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload,no-any-return]
+    count = spec.num_bytes // ITEM_BYTES[spec.dtype]
+    storage = torch.frombuffer(block, dtype=spec.dtype, count=count).untyped_storage()
+    return in_storage(storage, 0, spec)
 
 
 class AttachedArena:
@@ -334,7 +333,7 @@ class AttachedArena:
         checked."""
         rest = iter(came)
         return tuple(
-            next(rest) if start == INLINE else self._tensor(start, spec.dtype, spec.shape)
+            next(rest) if start == INLINE else in_storage(self._storage, start, spec)
             for start, spec in zip(places.inputs, specs, strict=True)
         )
 
@@ -342,9 +341,10 @@ class AttachedArena:
         self, places: Places, number: int, dtype: torch.dtype, shape: tuple[int, ...]
     ) -> torch.Tensor | None:
         """The memory for the result of that number, if the client has made room for it."""
-        if not places.holds(number, TensorSpec(dtype, shape).num_bytes):
+        spec = TensorSpec(dtype, shape)
+        if not places.holds(number, spec.num_bytes):
             return None
-        return self._tensor(places.results[number].start, dtype, shape)
+        return in_storage(self._storage, places.results[number].start, spec)
 
     def deliver(
         self, places: Places, results: tuple[torch.Tensor, ...]
@@ -359,10 +359,6 @@ class AttachedArena:
             elif place.data_ptr() != result.data_ptr():
                 place.copy_(result)
         return tuple(rest)
-
-    def _tensor(self, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        at = start // ITEM_BYTES[dtype]
-        return torch.empty(0, dtype=dtype).set_(self._storage, at, shape)  # type: ignore[call-overload,no-any-return]
 
 
 class ArenaUnfit(Exception):

@@ -144,6 +144,13 @@ def unviewed(tensor: torch.Tensor) -> torch.Tensor:
     return fresh.set_(tensor.untyped_storage(), tensor.storage_offset(), shape, strides)
 
 
+def in_storage(storage: torch.UntypedStorage, start: int, spec: TensorSpec) -> torch.Tensor:
+    """A tensor in memory of the CPU, from byte ``start`` on, which autograd does not take for a
+    view."""
+    at = start // ITEM_BYTES[spec.dtype]
+    return torch.empty(0, dtype=spec.dtype, device=_CPU).set_(storage, at, spec.shape)  # type: ignore[call-overload,no-any-return]
+
+
 def from_payload(payload: torch.Tensor, specs: tuple[TensorSpec, ...]) -> tuple[torch.Tensor, ...]:
     """The tensors that lie in ``payload`` (uint8).
 
@@ -152,6 +159,5 @@ def from_payload(payload: torch.Tensor, specs: tuple[TensorSpec, ...]) -> tuple[
     storage = payload.untyped_storage()
     starts, _ = offsets(specs)
     return tuple(
-        torch.empty(0, dtype=dtype, device=_CPU).set_(storage, start // ITEM_BYTES[dtype], shape)  # type: ignore[call-overload]
-        for start, (dtype, shape) in zip(starts, specs, strict=True)
+        in_storage(storage, start, spec) for start, spec in zip(starts, specs, strict=True)
     )
