@@ -1,8 +1,9 @@
 """LoRA decoders of one executor against one process that holds all adapters.
 
 Peer: peft's ``adapter_names``, the whole model and every adapter in one process, which decodes one
-sequence for each in a single batch, in step. That is what LoRA alone allows; the clients here are
-processes of their own, begin and end when they like, and would have any other method as well.
+sequence for each in a single batch, in step. That is what LoRA alone allows; so ours are, once,
+clients that are processes of their own, begin and end when they like and would have any other
+method as well, and once a single client that decodes in step too, by `symbiosis.batch_lora`.
 """
 
 from __future__ import annotations
@@ -26,22 +27,29 @@ def compare(model: str, served: Served, count: int, tokens: int, rounds: int) ->
     ]
     for client in clients:
         client.ready().run(do="adapt", method="lora")
-    theirs, ours = [], []
+    one = Worker(served.unix, threads=cores, passive=True).ready()
+    one.run(do="adapt_many", method="lora", count=count, batched=True)
+    theirs, ours, alone = [], [], []
     for _ in range(rounds + 1):
         theirs.append(run_decoders([together], [], tokens))
         ours.append(run_decoders(clients, [served.pid], tokens))
-    for worker in (together, *clients):
+        alone.append(run_decoders([one], [served.pid], tokens))
+    for worker in (together, *clients, one):
         worker.close()
-    a = Sample(tuple(rate for rate, _ in ours[1:]))
-    b = Sample(tuple(count * steps for steps, _ in theirs[1:]))
-    return {
-        "split_tokens_per_s": a.median,
-        "adapter_names_tokens_per_s": b.median,
-        "ratio": ratio(a, b).median,
-        "ratio_spread": ratio(a, b).spread,
-        "split_bytes": max(peak for _, peak in ours),
+    peer = Sample(tuple(count * steps for steps, _ in theirs[1:]))
+    found: dict[str, Any] = {
+        "adapter_names_tokens_per_s": peer.median,
         "adapter_names_bytes": max(peak for _, peak in theirs),
     }
+    for name, runs, each in (("split", ours, 1), ("one_client", alone, count)):
+        rates = Sample(tuple(each * rate for rate, _ in runs[1:]))
+        found[name] = {
+            "tokens_per_s": rates.median,
+            "bytes": max(peak for _, peak in runs),
+            "ratio": ratio(rates, peer).median,
+            "ratio_spread": ratio(rates, peer).spread,
+        }
+    return found
 
 
 def main() -> None:
@@ -57,13 +65,15 @@ def main() -> None:
         for count in options.clients:
             row = compare(str(model), served, count, options.tokens, options.rounds)
             result[str(count)] = row
-            print(
-                f"{title}, {count} decoders: split {row['split_tokens_per_s']:.1f} tokens/s in "
-                f"{row['split_bytes'] / 2**30:.2f} GiB, adapter_names "
-                f"{row['adapter_names_tokens_per_s']:.1f} in "
-                f"{row['adapter_names_bytes'] / 2**30:.2f}: × {row['ratio_spread']}",
-                flush=True,
-            )
+            for name in ("split", "one_client"):
+                found = row[name]
+                print(
+                    f"{title}, {count} decoders: {name} {found['tokens_per_s']:.1f} tokens/s in "
+                    f"{found['bytes'] / 2**30:.2f} GiB, adapter_names "
+                    f"{row['adapter_names_tokens_per_s']:.1f} in "
+                    f"{row['adapter_names_bytes'] / 2**30:.2f}: × {found['ratio_spread']}",
+                    flush=True,
+                )
     save("adapter-names" + suffix, result)
 
 

