@@ -53,6 +53,7 @@ bench: setup  ## the figures of the README and of docs/decisions; an hour and a 
 	$(BIN)/python benchmarks/decoding.py --from-bf16 --lend
 	$(BIN)/python benchmarks/decoding.py --from-bf16
 	$(BIN)/python benchmarks/adapter_names.py
+	$(BIN)/python benchmarks/adapter_names.py --lend
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/few_rows.py

@@ -71,7 +71,8 @@ def adapters(found: Found) -> list[str]:
 def adapter_names(found: Found) -> list[str]:
     return [
         f"| {found['model']}: {count} LoRA decoders, {of}, peer: peft's `adapter_names` | "
-        f"{row[side]['tokens_per_s']:.1f} against {row['adapter_names_tokens_per_s']:.1f} tokens/s; "
+        f"{row[side]['tokens_per_s']:.1f} against "
+        f"{row['adapter_names_tokens_per_s']:.1f} tokens/s; "
         f"{row[side]['bytes'] / 2**30:.2f} against {row['adapter_names_bytes'] / 2**30:.2f} GiB | "
         f"speed **× {row[side]['ratio']:.2f}** |"
         for count, row in found.items()

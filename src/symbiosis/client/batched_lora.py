@@ -1,9 +1,9 @@
 """Many LoRA adapters in one client: all rows of a batch by two products per layer.
 
 peft computes a batch whose rows have different adapters (``adapter_names=``) adapter by adapter.
-Here they are stacked and multiplied at once, as Punica and S-LoRA do (arXiv 2310.18547, 2311.03285).
-The numbers are peft's to rounding. Knows peft's layers; knows nothing of executors, and does the same
-for a model that is whole.
+Here they are stacked and multiplied at once, as Punica and S-LoRA do (arXiv 2310.18547 and
+2311.03285). The numbers are peft's to rounding. Knows peft's layers; knows nothing of executors,
+and does the same for a model that is whole.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ Model = TypeVar("Model", bound=PeftModel)
 def batch_lora(model: Model) -> Model:
     """From now on ``adapter_names=`` costs one layer two products, and not two for each adapter.
 
-    Changes ``model`` in place and returns it. For inference (with gradients, or dropout while
-    training, peft computes, as it does for what is not plain LoRA on a linear layer: DoRA, aLoRA,
-    biases, embeddings). Ranks may differ: shorter ones are filled up with zeros. A layer keeps the
-    stack of its last batch's adapters, a second copy of them. A weight that is changed through
-    ``.data``, which torch does not notice, is not seen.
+    Changes ``model`` in place and returns it. Adapters may come and go afterwards; call it again
+    after adding one to layers that had none. It is for inference: with gradients, or with dropout,
+    peft computes, as it does for what is not plain LoRA on a linear layer (DoRA, aLoRA, biases,
+    embeddings). Ranks may differ: shorter ones are filled up with zeros. A layer keeps the stack of
+    its last batch's adapters, a second copy of them. A weight that is changed through ``.data``,
+    which torch does not notice, is not seen.
     """
     for layer in model.modules():
         if type(layer) is Linear:
