@@ -13,7 +13,17 @@ import os
 from typing import Any
 
 from decoding import run_decoders
-from harness import Sample, Served, Worker, chosen_model, executor, model_options, ratio, save
+from harness import (
+    Sample,
+    Served,
+    Worker,
+    chosen_model,
+    executor,
+    model_options,
+    ratio,
+    save,
+    settle,
+)
 
 
 def compare(model: str, served: Served, count: int, tokens: int, rounds: int) -> dict[str, Any]:
@@ -33,6 +43,7 @@ def compare(model: str, served: Served, count: int, tokens: int, rounds: int) ->
     for _ in range(rounds + 1):
         theirs.append(run_decoders([together], [], tokens))
         ours.append(run_decoders(clients, [served.pid], tokens))
+        settle()
         alone.append(run_decoders([one], [served.pid], tokens))
     for worker in (together, *clients, one):
         worker.close()

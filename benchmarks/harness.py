@@ -122,6 +122,11 @@ def environment(*, passive: bool, ours: bool = False) -> dict[str, str]:
     return env
 
 
+def settle() -> None:
+    """Until the executor has seen who is at work now: it looks once a second."""
+    time.sleep(2.5)
+
+
 class Process:
     """A process that runs units of work on command: JSON lines on its standard input, outcomes on
     its standard output."""

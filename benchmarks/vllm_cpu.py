@@ -31,6 +31,7 @@ from harness import (
     model_options,
     ratio,
     save,
+    settle,
 )
 from worker import METHODS
 
@@ -81,6 +82,7 @@ def compare(options: argparse.Namespace, model: Path, served: Served, count: int
         for _ in range(options.rounds + 1):
             theirs.append(peer.run(context=options.context, tokens=options.tokens))
             sides["clients"].append(run_clients(clients, count, *shape))
+            settle()
             sides["one client"].append(run_clients([one], count, *shape))
         for worker in (peer, *clients, one):
             worker.close()
