@@ -92,6 +92,7 @@ class Work:
     def prefill(self, context: int) -> dict[str, Any]:
         """One forward pass over a prompt, logits of its last token."""
         model = self._adapted or self._model
+        model.eval()
         ids = self._sequences(context)
         started_s = time.perf_counter()
         with torch.no_grad():
