@@ -107,7 +107,16 @@ def a_copy(model: PeftModel) -> None:
                 layer.lora_B["second"].weight.mul_(2)
 
 
-@pytest.mark.parametrize("change", [a_step, another_of_that_name, another_scaling, a_copy])
+def in_inference_mode(model: PeftModel) -> None:
+    with torch.inference_mode():
+        another_of_that_name(model)
+        logits(model, ["second"])
+        a_copy(model)
+
+
+@pytest.mark.parametrize(
+    "change", [a_step, another_of_that_name, another_scaling, a_copy, in_inference_mode]
+)
 def test_a_changed_adapter_is_seen(twins: list[PreTrainedModel], change: Change) -> None:
     model = batch_lora(adapted(twins[1]))
     names = ["first", "second", "third"]
@@ -116,6 +125,18 @@ def test_a_changed_adapter_is_seen(twins: list[PreTrainedModel], change: Change)
     assert not torch.allclose(logits(model, names)[1], before[1], atol=1e-3)
     assert torch.equal(logits(model, names)[0], before[0])
     both(model, names)
+
+
+def test_adapters_of_two_dtypes(twins: list[PreTrainedModel]) -> None:
+    model = adapted(twins[1])
+    for name, weight in model.named_parameters():
+        if ".first." in name:
+            weight.data = weight.data.bfloat16()
+    names = ["first", "second", "third"]
+    expected = logits(model, names)
+    found = logits(batch_lora(model), names)
+    torch.testing.assert_close(found[:1], expected[:1], rtol=0, atol=0.05)
+    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_no_plain_lora_is_left_to_peft(twins: list[PreTrainedModel]) -> None:

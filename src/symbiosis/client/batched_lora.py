@@ -8,6 +8,7 @@ and does the same for a model that is whole.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,7 +41,7 @@ class _Stack(NamedTuple):
 
     adapters: tuple[str, ...]  # in the order in which the batch first names them
     weights: list[Tensor]  # A and B of each
-    versions: list[int]
+    versions: list[object]
     scalings: list[float]
     a: Tensor  # (adapters, I, rank)
     b: Tensor  # (adapters, rank, O), times their scalings
@@ -96,7 +97,8 @@ class _BatchedLinear(Linear):  # type: ignore[misc]
                 scalings.append(float(self.scaling[name]))
         if not weights:
             return None
-        versions = [0 if weight.is_inference() else weight._version for weight in weights]
+        # Of what was made in inference mode torch counts no versions: stacked anew each time.
+        versions = [object() if w.is_inference() else w._version for w in weights]
         kept: _Stack | None = self.__dict__.get("_kept")
         if (
             kept is not None
@@ -107,8 +109,9 @@ class _BatchedLinear(Linear):  # type: ignore[misc]
             return kept
         rank = max(weight.shape[0] for weight in weights[::2])
         wide, tall = weights[0].shape[1], weights[1].shape[0]
-        a = weights[0].new_zeros(len(adapters), wide, rank)
-        b = weights[1].new_zeros(len(adapters), rank, tall)
+        dtype = functools.reduce(torch.promote_types, [weight.dtype for weight in weights])
+        a = weights[0].new_zeros(len(adapters), wide, rank, dtype=dtype)
+        b = weights[1].new_zeros(len(adapters), rank, tall, dtype=dtype)
         parts = zip(weights[::2], weights[1::2], scalings, strict=True)
         for number, name in enumerate(adapters):
             if name in self.lora_A._modules:
