@@ -26,11 +26,9 @@ from harness import (
 )
 
 
-def compare(model: str, served: Served, count: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """Alternated; the first round warms up. A step of the one process is a token for each."""
+def lora_clients(served: Served, count: int) -> tuple[list[Worker], Worker]:
+    """``count`` clients with an adapter each, and one with as many."""
     cores = os.cpu_count() or 1
-    together = Worker(model, threads=cores, passive=False).ready()
-    together.run(do="adapt_many", method="lora", count=count)
     threads = max(1, cores // count)
     clients = [
         Worker(served.unix, threads=threads, passive=True, seed=seed) for seed in range(count)
@@ -39,6 +37,14 @@ def compare(model: str, served: Served, count: int, tokens: int, rounds: int) ->
         client.ready().run(do="adapt", method="lora")
     one = Worker(served.unix, threads=cores, passive=True).ready()
     one.run(do="adapt_many", method="lora", count=count, batched=True)
+    return clients, one
+
+
+def compare(model: str, served: Served, count: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Alternated; the first round warms up. A step of the one process is a token for each."""
+    together = Worker(model, threads=os.cpu_count() or 1, passive=False).ready()
+    together.run(do="adapt_many", method="lora", count=count)
+    clients, one = lora_clients(served, count)
     theirs, ours, alone = [], [], []
     for _ in range(rounds + 1):
         theirs.append(run_decoders([together], [], tokens))

@@ -21,6 +21,7 @@ from typing import Any
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+from adapter_names import lora_clients
 from harness import (
     Process,
     Sample,
@@ -63,19 +64,12 @@ def run_clients(clients: list[Worker], count: int, context: int, tokens: int) ->
 
 def compare(options: argparse.Namespace, model: Path, served: Served, count: int) -> dict[str, Any]:
     """Alternated; the first round warms up."""
-    threads = max(1, (os.cpu_count() or 1) // count)
     with tempfile.TemporaryDirectory() as folder:
         adapters = make_adapters(model, count, Path(folder))
         script = str(Path(__file__).with_name("vllm_worker.py"))
         env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
         peer = Process([str(options.vllm), script, str(model), *adapters], env).ready()
-        clients = [
-            Worker(served.unix, threads=threads, passive=True, seed=seed) for seed in range(count)
-        ]
-        for client in clients:
-            client.ready().run(do="adapt", method="lora")
-        one = Worker(served.unix, threads=os.cpu_count() or 1, passive=True).ready()
-        one.run(do="adapt_many", method="lora", count=count, batched=True)
+        clients, one = lora_clients(served, count)
         theirs = []
         sides: dict[str, list[dict[str, float]]] = {"clients": [], "one client": []}
         shape = options.context, options.tokens

@@ -110,7 +110,7 @@ def a_copy(model: PeftModel) -> None:
 def in_inference_mode(model: PeftModel) -> None:
     with torch.inference_mode():
         another_of_that_name(model)
-        logits(model, ["second"])
+        logits(model, ["first", "second", "third"])
         a_copy(model)
 
 

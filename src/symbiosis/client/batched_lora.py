@@ -50,6 +50,8 @@ class _Stack(NamedTuple):
 class _BatchedLinear(Linear):  # type: ignore[misc]
     """peft's LoRA on a linear layer."""
 
+    _kept: _Stack | None = None
+
     def _mixed_batch_forward(
         self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
     ) -> Tensor:
@@ -99,7 +101,7 @@ class _BatchedLinear(Linear):  # type: ignore[misc]
             return None
         # Of what was made in inference mode torch counts no versions: stacked anew each time.
         versions = [object() if w.is_inference() else w._version for w in weights]
-        kept: _Stack | None = self.__dict__.get("_kept")
+        kept = self._kept
         if (
             kept is not None
             and kept.adapters == adapters

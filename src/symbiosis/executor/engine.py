@@ -182,9 +182,9 @@ class Engine:
         working = {id for id, count in counts.items() if count != self._counted.get(id, 0)}
         self._counted = counts
         busy = self._processes.busy({pid for pid in lent.values() if pid is not None})
-        processes = {pid for id, pid in lent.items() if pid in busy or id in working}
-        unknown = sum(pid is None for pid in lent.values())
-        at_work = len(working - lent.keys()) + len(processes - {None}) + unknown
+        working_pids = busy.union(pid for id, pid in lent.items() if pid and id in working)
+        unknown = list(lent.values()).count(None)
+        at_work = len(working - lent.keys()) + len(working_pids) + unknown
         sleep_at_once(at_work > 1)
         if self.weights.lender is not None:
             self.weights.lender.announce(at_work)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import psutil
 
 _BUSY_SHARE = 0.05
-"""Of one core, over the time between two looks; an interpreter that waits uses a hundredth."""
+"""Of one core, over the time between two looks: who waits for input stays below it."""
 
 
 class _Seen(NamedTuple):
