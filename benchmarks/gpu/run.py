@@ -3,8 +3,9 @@
 ``python benchmarks/gpu/run.py`` downloads nothing: the models are random. Parts:
 ``check`` (split against whole, the same numbers), ``exchange`` (its price in process, and between
 processes with and without MPS), ``jobs`` (Llama-2-13B: how many fine-tuning jobs fit), ``many``
-(20 Gemma-2-27B adapters trained at once), ``decode`` (1, 4 and 16 clients against HF eager) and
-``context`` (a client whose cache and attention are in host memory, against HF's offloaded cache).
+(20 Gemma-2-27B adapters trained at once), ``decode`` (1, 4 and 16 clients against HF eager),
+``context`` (a client whose cache and attention are in host memory, against HF's offloaded cache)
+and ``lent`` (processes that compute with one base, lent by CUDA IPC, against the whole model).
 A part that fails says why and does not stop the others. Training and decoding stand beside their
 physical limit, from the arithmetic and the bandwidth that this device showed in the same call.
 
@@ -54,6 +55,7 @@ import symbiosis  # noqa: E402
 from exchange import TINY  # noqa: E402
 from harness import LLAMA_110M, executor, make_model, save  # noqa: E402
 from symbiosis.executor.executor import Executor  # noqa: E402
+from symbiosis.executor.weights import Weights  # noqa: E402
 from worker import METHODS  # noqa: E402
 
 GIB = 2**30
@@ -73,6 +75,7 @@ class Sizes:
     clients: tuple[int, ...] = (1, 4, 16)
     tokens: int = 32
     contexts: tuple[int, ...] = (4096, 32768)
+    stand_in: bool = False
 
 
 def full_sizes() -> Sizes:
@@ -120,6 +123,7 @@ def stand_in_sizes() -> Sizes:
         clients=(1, 2),
         tokens=4,
         contexts=(64,),
+        stand_in=True,
     )
 
 
@@ -129,8 +133,6 @@ class Bench:
     def __init__(self, device: str, sizes: Sizes) -> None:
         self.device = torch.device(device)
         self.sizes = sizes
-        self.bandwidth = self._bandwidth()  # bytes/s, read and written
-        self.flops = self._flops()  # bf16 products
 
     # The device
 
@@ -143,6 +145,13 @@ class Bench:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return int(psutil.Process().memory_info().rss)
+
+    def used(self) -> int:
+        """Of the device's memory, by all processes."""
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            return total - free
+        return int(psutil.virtual_memory().used)
 
     def forget_peak(self) -> None:
         gc.collect()
@@ -175,13 +184,17 @@ class Bench:
             times.append(time.perf_counter() - started_s)
         return min(times)
 
-    def _bandwidth(self) -> float:
+    @functools.cached_property
+    def bandwidth(self) -> float:
+        """Bytes/s, read and written."""
         size = GIB if self.device.type == "cuda" else GIB // 16
         a = torch.ones(size, dtype=torch.uint8, device=self.device)
         b = torch.empty_like(a)
         return 2 * size / self._best_s(lambda: b.copy_(a))
 
-    def _flops(self) -> float:
+    @functools.cached_property
+    def flops(self) -> float:
+        """Of bf16 products, a second."""
         n = 8192 if self.device.type == "cuda" else 512
         a = torch.ones(n, n, dtype=torch.bfloat16, device=self.device)
         return 2 * n**3 / self._best_s(lambda: a @ a)
@@ -385,6 +398,51 @@ class Bench:
                     print(f"  {length} tokens, {name}: {seconds * 1e3:.1f} ms a token")
         return found
 
+    def lent(self) -> dict[str, Any]:
+        """One base, lent to processes of their own: the same logits, and the tokens per second of
+        one to several of them, fine-tuning and decoding, beside the whole model in one process."""
+        sizes = self.sizes
+        self.forget_peak()
+        whole = self.made(sizes.llama)
+        seconds, _ = self._train([Job(whole, self)])
+        lone = {
+            "training": sizes.batch * sizes.sequence / seconds,
+            "decoding": self._decode([whole]),
+        }
+        limits = {
+            "training": self.training_limit(sum(p.numel() for p in whole.parameters())),
+            "decoding": self.bandwidth / _bytes_of(whole),  # each reads the base for itself
+        }
+        print(f"  flops / (6 · parameters) and bandwidth / weight bytes allow {limits} tokens/s")
+        expected = _probe(whole)
+        found: dict[str, Any] = {"whole": lone, "limits": limits}
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Executor(Weights(whole, "lent", lend=True)) as hosted,
+        ):
+            url = hosted.listen([f"unix://{folder}/base.sock"])[0]
+            self.forget_peak()  # and what the weights lay in before goes back to the device
+            before = self.used()
+            for count in sorted({1, 2, sizes.jobs}):
+                with contextlib.ExitStack() as stack:
+                    borrowers = [stack.enter_context(Borrower(url, self)) for _ in range(count)]
+                    rates = {kind: _rate(borrowers, kind) for kind in lone}
+                    used = self.used() - before
+                    for borrower in borrowers:
+                        if not torch.equal(borrower.logits(Path(folder)), expected):
+                            raise AssertionError("a borrower's logits are not the whole model's")
+                found[f"{count} processes"] = {**rates, "bytes_beside_the_base": used}
+                print(
+                    f"  {count} processes: "
+                    + ", ".join(
+                        f"{kind} {rate:.1f} tokens/s (whole, alone {lone[kind]:.1f}: "
+                        f"× {rate / lone[kind]:.2f})"
+                        for kind, rate in rates.items()
+                    )
+                    + f", {used / GIB:.2f} GiB beside the base"
+                )
+        return found
+
     # Work
 
     def _client(self, hosted: Executor, sessions: contextlib.ExitStack) -> PreTrainedModel:
@@ -478,6 +536,89 @@ class Job:
         del self._optimizer
 
 
+class Borrower:
+    """A process that borrows the base, and does as it is told."""
+
+    def __init__(self, url: str, bench: Bench) -> None:
+        stand_in = ["--stand-in"] if bench.sizes.stand_in else []
+        command = [sys.executable, __file__, "--device", str(bench.device), *stand_in]
+        self._process = subprocess.Popen(
+            [*command, "--borrower", url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Borrower:
+        self.answer()  # it is ready
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def ask(self, question: str) -> None:
+        assert self._process.stdin is not None
+        print(question, file=self._process.stdin, flush=True)
+
+    def answer(self) -> float:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("a borrower has ended; what it said is above")
+        return float(line)
+
+    def logits(self, folder: Path) -> torch.Tensor:
+        path = folder / "logits.pt"
+        self.ask(f"logits {path}")
+        self.answer()
+        found: torch.Tensor = torch.load(path)
+        return found
+
+
+def _rate(borrowers: list[Borrower], kind: str) -> float:
+    """Tokens per second of all together; the first round warms up."""
+    for _ in range(2):
+        started_s = time.perf_counter()
+        for borrower in borrowers:
+            borrower.ask(kind)
+        tokens = sum(borrower.answer() for borrower in borrowers)
+        seconds = time.perf_counter() - started_s
+    return tokens / seconds
+
+
+def borrow(url: str, bench: Bench) -> None:
+    """The process of a `Borrower`: answers each question with the tokens that it has computed."""
+    sizes = bench.sizes
+    with symbiosis.connect(url) as session:
+        model = session.model(device=bench.device).eval()
+        print(0, flush=True)
+        job: Job | None = None
+        for line in sys.stdin:
+            kind, *rest = line.split()
+            tokens = 0
+            if kind != "training" and job is not None:
+                job.end()
+                job = None
+            if kind == "logits":
+                torch.save(_probe(model), rest[0])
+            elif kind == "training":
+                job = job or Job(model, bench)
+                job.step()
+                tokens = sizes.batch * sizes.sequence
+            else:
+                bench._go_on(model, bench._prompted(model), sizes.tokens)
+                tokens = sizes.tokens
+            if session.stats().exchanges:
+                raise AssertionError("nothing was lent: it exchanges")
+            print(tokens, flush=True)
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of fixed ids, on the CPU."""
+    ids = torch.arange(1, 33, device=model.device)[None]
+    found: torch.Tensor = model(ids).logits
+    return found.cpu()
+
+
 def _together(work: list[Callable[[], Any]]) -> tuple[float, list[Any]]:
     """Each in a thread, begun at once: seconds until the last is done, and what they return."""
     begin = threading.Barrier(len(work) + 1)
@@ -561,7 +702,7 @@ def _finite(loss: float) -> bool:
     return abs(loss) < float("inf")  # false for nan, too
 
 
-PARTS = ("check", "exchange", "jobs", "many", "decode", "context")
+PARTS = ("check", "exchange", "jobs", "many", "decode", "context", "lent")
 
 
 def main() -> None:
@@ -571,6 +712,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--out", type=Path, help="write the results here, not benchmarks/results")
     parser.add_argument("--exchange-client", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--borrower", metavar="URL", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.exchange_client:
         with symbiosis.connect(options.exchange_client) as session:
@@ -579,6 +721,9 @@ def main() -> None:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no GPU here: --device cpu --stand-in runs the same code, small")
     bench = Bench(options.device, stand_in_sizes() if options.stand_in else full_sizes())
+    if options.borrower:
+        borrow(options.borrower, bench)
+        return
     result: dict[str, Any] = {**bench.describe(), "stand_in": options.stand_in}
     print(result, flush=True)
     for part in options.only:

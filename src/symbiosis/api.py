@@ -56,7 +56,8 @@ def connect(
     may compute as long as it likes). ``arena_bytes`` is the address space that is shared with an
     executor behind a UNIX socket, for large tensors; memory is taken as it is used, and 0 sends
     everything through the socket. ``borrow`` takes the weights that such an executor lends
-    (``symbiosis serve --lend``), and computes with them here; not with ``verify`` or ``privacy``.
+    (``symbiosis serve --lend``), where they are on the model's device, and computes with them here;
+    not with ``verify`` or ``privacy``.
     ``key`` is an API key, for executors that ask for one; it is
     sent over tls:// or within the host only, and goes along when a session is pickled for a
     worker process. ``tls`` says what to trust and show at a tls:// address; by default the

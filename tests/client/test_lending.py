@@ -23,8 +23,10 @@ from command_line import serve as serve_process
 from symbiosis import Executor, Session, connect
 from symbiosis.client import borrowed
 from symbiosis.client.remote_weight import RemoteWeight
-from symbiosis.errors import FetchRefused, ModelError
+from symbiosis.errors import FetchRefused, ModelError, SymbiosisError
+from symbiosis.executor import weights
 from symbiosis.executor.engine import Engine
+from symbiosis.transport import device_memory
 
 Serve = Callable[..., tuple[Executor, str]]
 UP = "model.layers.0.mlp.up_proj"
@@ -155,7 +157,8 @@ def test_a_pinned_model(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert session.stats().exchanges == 0
     wrong = torch.zeros(0)
     monkeypatch.setattr(
-        "symbiosis.transport.lent.Lent.tensor", lambda self, weight, shape: wrong.new_ones(shape)
+        "symbiosis.transport.lent.Lent.tensor",
+        lambda self, weight, shape, device: wrong.new_ones(shape),
     )
     with connect(url, expect_digest=digest) as session, pytest.raises(ModelError, match="digest"):
         session.model()
@@ -201,6 +204,91 @@ def test_no_descriptor_stays_open(url: str) -> None:
         with connect(url) as session:
             session.model()
     assert count() <= before + 1  # the executor may not have seen the last one leave
+
+
+@pytest.fixture
+def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are lent lie in a device's memory; the device is the CPU."""
+    monkeypatch.setattr(weights, "_block", device_memory.allocate)
+
+
+def test_weights_of_a_device(
+    on_a_device: None,
+    serve: Serve,
+    local: PreTrainedModel,
+    told: Callable[[Executor, int], None],
+) -> None:
+    executor, url = serve(tiny.llama(), lend=True)
+    with connect(url) as session:
+        model = session.model()
+        assert torch.equal(logits(model, tiny.tokens()), logits(local, tiny.tokens()))
+        assert torch.equal(train(model), train(local))
+        weight, kept = up(model), executor.weights[1].tensor
+        assert torch.equal(weight.norm(), up_of(local).norm())
+        assert session.stats().exchanges == 0
+        assert session.stats().fetched_bytes == 0
+        assert "/torch_" in file_of(kept)
+        assert weight.here is not None
+        assert file_of(weight.here) == file_of(kept)
+        told(executor, 2)
+        logits(model, tiny.tokens(1, 4))
+        assert session.stats().exchanges == 0
+
+
+def test_another_process_attaches_a_device_s_memory(
+    on_a_device: None, serve: Serve, local: PreTrainedModel, tmp_path: Path
+) -> None:
+    """Its logits; and it leaves, while the executor goes on."""
+    _, url = serve(tiny.llama(), lend=True)
+    code = (
+        "import symbiosis, sys, torch\n"
+        f"with symbiosis.connect({url!r}) as session:\n"
+        "    model = session.model()\n"
+        f"    ids = torch.tensor({tiny.tokens().tolist()})\n"
+        f"    torch.save(model(ids).logits, {str(tmp_path / 'logits.pt')!r})\n"
+        "    assert session.stats().exchanges == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(local, tiny.tokens()))
+    with connect(url, borrow=False) as session:
+        assert torch.equal(logits(session.model(), tiny.tokens()), logits(local, tiny.tokens()))
+
+
+def test_who_cannot_attach_a_device_s_memory_sends(
+    on_a_device: None, serve: Serve, local: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url = serve(tiny.llama(), lend=True)
+    tried = []
+
+    def attach(shared: object, device: torch.device) -> torch.Tensor:
+        tried.append(device)
+        raise RuntimeError("not in this container")
+
+    monkeypatch.setattr(device_memory, "attach", attach)
+    with connect(url) as session:
+        model = session.model()
+        assert torch.equal(logits(model, tiny.tokens()), logits(local, tiny.tokens()))
+        assert session.stats().exchanges > 0
+        assert len(tried) == 1
+
+
+def test_who_computes_on_another_device_sends(
+    on_a_device: None, serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, url = serve(tiny.llama(), lend=True)
+    monkeypatch.setattr(device_memory, "is_on", lambda shared, device: False)
+    with connect(url) as session:
+        weight = up(session.model())
+        assert weight.here is None
+        weight.norm()
+        assert session.stats().fetched_bytes > 0
+
+
+def test_a_device_s_memory_is_not_lent_to_tenants(
+    on_a_device: None, serve: Serve, tmp_path: Path
+) -> None:
+    with pytest.raises(SymbiosisError, match="not lent to tenants"):
+        serve(tiny.llama(), lend=True, keys=tmp_path / "keys")
 
 
 @pytest.fixture

@@ -118,7 +118,8 @@ def serve(
             "--lend",
             help="Lend the weights to clients of unix:// addresses: they map the same memory, "
             "read-only, and compute with it themselves, about as fast as a process with the whole "
-            "model. For clients that may read all weights (--fetch); on the CPU.",
+            "model. For clients that may read all weights (--fetch). On a GPU, for clients on the "
+            "same one; there they could also write to it, so not with --keys.",
         ),
     ] = False,
     threads: console.Threads = None,

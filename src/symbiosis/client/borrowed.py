@@ -6,13 +6,17 @@ the table of weights; knows no exchanges.
 
 from __future__ import annotations
 
+import logging
 import math
 
+import torch
 from torch import Tensor
 
 from symbiosis.client.welcome import Identity, WeightInfo
 from symbiosis.transport.lent import Lent
 from symbiosis.waiting import sleep_at_once
+
+logger = logging.getLogger(__name__)
 
 _WORTH_JOINING = 2 << 20
 """Elements of a model's mean weight, from which decoders gain by sharing the reading: measured,
@@ -31,22 +35,30 @@ class Borrowed:
         self._identity = identity
         self._tensors: dict[int, Tensor] = {}
         self._alone: bool | None = None
+        self._is_out_of_reach = False
 
     @property
     def clients(self) -> int:
         """How many are at work there, by what the executor last announced."""
         return self._lent.clients
 
-    def weight(self, number: int) -> Tensor | None:
-        """A weight where it lies in memory, on the CPU, in the executor's dtype, not to be changed;
-        None if it is not lent. Raises ModelError if the digest that was expected has another,
-        ProtocolError."""
-        if number not in self._lent:
+    def weight(self, number: int, device: torch.device) -> Tensor | None:
+        """A weight where it lies in the memory of ``device``, in the executor's dtype, not to be
+        changed; None if it is not lent there. Raises ModelError if the digest that was expected has
+        another, ProtocolError."""
+        if number not in self._lent or self._is_out_of_reach or not self._lent.is_on(device):
             return None
         found = self._tensors.get(number)
         if found is None:
             info = self._weights[number]
-            found = self._lent.tensor(number, info.shape)
+            try:
+                found = self._lent.tensor(number, info.shape, device)
+            except RuntimeError as error:
+                logger.warning(
+                    "what is lent cannot be attached, so the executor computes: %s", error
+                )
+                self._is_out_of_reach = True
+                return None
             self._identity.check_weight(info.names[0], found)
             self._tensors[number] = found
         return found
@@ -55,12 +67,13 @@ class Borrowed:
         """A forward pass begins: does anybody else use the cores?
 
         If so, threads sleep while they wait; and few rows are worth an exchange, where weights are
-        so large that reading each once for several clients outweighs it.
+        so large that reading each once for several clients outweighs it. (In the host's memory; for
+        a GPU's nobody has measured that yet.)
         """
         alone = self.clients <= 1
         if alone is not self._alone:
             self._alone = alone
             sizes = [math.prod(info.shape) for info in self._weights.values()]
             large = sum(sizes) >= _WORTH_JOINING * len(sizes)
-            self.joins_others = large and not alone
+            self.joins_others = large and not alone and self._lent.is_in_host_memory
             sleep_at_once(not alone)

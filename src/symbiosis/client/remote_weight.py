@@ -83,8 +83,8 @@ class RemoteWeight(Tensor):
         self.is_matrix = like.dim() == 2
         self.like_dtype = like.dtype
         self.device_type = device.type
-        lent = None if session.borrowed is None else session.borrowed.weight(weight)
-        if lent is not None and (lent.dtype, lent.device) == (like.dtype, device):
+        lent = None if session.borrowed is None else session.borrowed.weight(weight, device)
+        if lent is not None and lent.dtype == like.dtype:
             self.here = look(lent, recipe)
 
     @property
@@ -139,6 +139,8 @@ class RemoteWeight(Tensor):
 
     def _numbers(self, why: str) -> Tensor:
         """Like `fetch`, but shared with other readers and not to be changed."""
+        if self.here is not None:
+            return self.here
         tensor = look(self._session.fetch(self._weight, why), self._recipe)
         return tensor.to(device=self.device, dtype=self.dtype)
 

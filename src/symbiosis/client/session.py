@@ -265,7 +265,7 @@ class Session:
         with self._lock:
             found = self._fetched.get(weight)
             if found is None and self.borrowed is not None:
-                found = self.borrowed.weight(weight)
+                found = self.borrowed.weight(weight, torch.device("cpu"))
             if found is None:
                 answer, payload = self._request({"get": "weight", "id": weight, "why": why})
                 info = self.weights[weight]

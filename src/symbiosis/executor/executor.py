@@ -71,8 +71,14 @@ class Executor:
         """``fetch`` says whether clients may read whole weights (DoRA, merging, ...). ``masked``
         offers masked exchanges, with weights of 8 or 16 bits, which are kept beside the others.
         ``keys`` is a key store: with it, every client of another process has to show that it
-        belongs to a tenant. ``bounds`` are for what listens. Raises KeyStoreError."""
+        belongs to a tenant. ``bounds`` are for what listens. Raises KeyStoreError, SymbiosisError
+        where tenants could change the weights of all."""
         self.weights = weights
+        if keys is not None and weights.lender is not None and not weights.lender.is_sealed:
+            raise SymbiosisError(
+                "memory of a GPU can be written to by whoever borrows it, so it is not lent to "
+                "tenants: leave out --lend, or --keys where all clients are your own"
+            )
         offer(weights, tuple(masked))
         self._masked_clients: set[int] = set()
         self._bounds = bounds
@@ -112,8 +118,9 @@ class Executor:
         ``quantize`` keeps the matrices of the linear layers in eight bits (``int8``) or four
         (``nf4``); embeddings, the output head, convolutions and experts stay dense. ``masked``
         offers masked exchanges to clients; see `Executor`. ``lend`` keeps the weights in memory
-        that clients on this host may map, read-only, to compute with by themselves; those that may
-        not fetch weights are lent none.
+        that clients on this host may map, to compute with by themselves: read-only on the CPU; on a
+        GPU, for clients on the same one, that they could write to. Those that may not fetch weights
+        are lent none.
         """
         weights = Weights.load(model, dtype=dtype, device=device, quantize=quantize, lend=lend)
         return cls(

@@ -28,6 +28,7 @@ from symbiosis.executor import quantized
 from symbiosis.executor.model_files import read_model
 from symbiosis.executor.quantized import QuantizedMatrix, Scheme
 from symbiosis.privacy.ring import RingWeight
+from symbiosis.transport import device_memory
 from symbiosis.transport.lent import Lender
 from symbiosis.wire.tensors import ALIGNMENT
 from symbiosis.wire.views import Recipe, look
@@ -98,12 +99,14 @@ class Weights:
         folder: Path | None = None,
         quantize: Scheme | None = None,
         lend: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         """Take over the parameters of ``model``; ``folder`` holds its configuration and
         tokenizer files (written from the model when there is none). ``quantize`` keeps the
         matrices of its linear layers in few bits, and empties the model of them. ``lend`` moves
-        its dense weights on the CPU into memory that clients on this host can map. Raises
-        ModelError."""
+        its dense weights into memory that clients on this host can map, or attach on the same GPU,
+        and empties the model of their own. ``device`` is where the weights shall be, by default
+        where they are. Raises ModelError."""
         if quantize is not None:
             quantized.check(quantize)
         self.name = name
@@ -116,11 +119,10 @@ class Weights:
         self.shipped: dict[str, torch.Tensor] = {}
         self.ring: dict[int, dict[int, RingWeight]] = {}  # by bits, by id; see `executor.ring`
         self.stored = frozenset(model.state_dict())  # not what is computed while it is built
-        first = next(model.parameters())
-        self.device = first.device
+        self.device = device or next(model.parameters()).device
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._unpacking = torch.empty(0)
-        self.lender = _lender(model) if lend else None
+        self.lender = _lender(model, self.device) if lend else None
         self._take(model)
         if self.lender is not None:
             _seal(self.lender)
@@ -150,7 +152,10 @@ class Weights:
         if quantize is not None:
             quantized.check(quantize)
         loaded, folder = read_model(model, dtype)
-        weights = cls(loaded.to(device).eval(), model, folder, quantize, lend)
+        where = torch.empty(0, device=device).device  # with its number
+        if not lend:  # which moves one weight at a time into memory of its own
+            loaded = loaded.to(where)
+        weights = cls(loaded.eval(), model, folder, quantize, lend, where)
         if quantize is not None or lend:
             del loaded
             _give_memory_back()
@@ -252,20 +257,20 @@ class Weights:
         axis: int | None,
     ) -> None:
         """``output_dim`` is that of an inner linear layer's matrix, which may be quantised."""
-        data = tensor.detach()
-        if data.data_ptr() % ALIGNMENT or not data.is_contiguous():
-            data = data.clone(memory_format=torch.contiguous_format)
         number = len(self._hosted) + 1
-        self._hosted[number] = HostedWeight(number, names, data, axis=axis)
+        if self.lender is not None and self.quantization is None:
+            data = tensor.data = self.lender.place(number, tensor.detach())
+        else:
+            data = tensor.detach().to(self.device)
+            if data.data_ptr() % ALIGNMENT or not data.is_contiguous():
+                data = data.clone(memory_format=torch.contiguous_format)
+        hosted = HostedWeight(number, names, data, axis=axis)
         if self.quantization is not None:
-            self._hosted[number] = self._quantized(self._hosted[number], output_dim)
+            hosted = self._quantized(hosted, output_dim)
             tensor.data = tensor.new_empty(0)  # the model is ours: nobody needs its numbers
-        hosted = self._hosted[number]
-        if self.lender is not None and hosted.quantized is None:
-            placed = self.lender.place(number, hosted.tensor)
-            self._hosted[number] = replace(hosted, tensor=placed)
-            if self.quantization is None:
-                tensor.data = placed  # its own memory is needed no more
+            if self.lender is not None and hosted.quantized is None:
+                hosted = replace(hosted, tensor=self.lender.place(number, hosted.tensor))
+        self._hosted[number] = hosted
 
     def _quantized(self, hosted: HostedWeight, output_dim: int | None) -> HostedWeight:
         """What is left dense is copied, lest it keep the whole file in memory that it lies in."""
@@ -278,7 +283,7 @@ class Weights:
         return replace(hosted, tensor=hosted.tensor.clone())
 
     def _ship(self, name: str, tensor: torch.Tensor) -> None:
-        data = tensor.detach().clone(memory_format=torch.contiguous_format)
+        data = tensor.detach().to(self.device, copy=True, memory_format=torch.contiguous_format)
         self.shipped[name] = data
         if data.dim() == 1 and data.is_floating_point():
             number = len(self._vectors) + 1
@@ -306,15 +311,18 @@ def _is_hosted(module: nn.Module, parameter: torch.Tensor) -> bool:
     return isinstance(module, _PRODUCT_MODULES) or experts or parameter.numel() >= LARGE
 
 
-def _lender(model: PreTrainedModel) -> Lender:
+def _lender(model: PreTrainedModel, device: torch.device) -> Lender:
     """Memory for all that may be hosted. Raises ModelError."""
-    sizes = [parameter.nbytes + ALIGNMENT for parameter in model.parameters()]
-    if not next(model.parameters()).is_cpu:
-        raise ModelError("only weights in the CPU's memory can be lent: leave out --lend")
+    most_bytes = sum(p.nbytes + device_memory.ALIGNMENT for p in model.parameters())
     try:
-        return Lender(sum(sizes))
-    except (OSError, AttributeError) as error:
+        return Lender(most_bytes, _block(most_bytes, device))
+    except (OSError, AttributeError, torch.OutOfMemoryError) as error:
         raise ModelError(f"this system has no memory to lend weights in: {error}") from None
+
+
+def _block(num_bytes: int, device: torch.device) -> torch.Tensor | None:
+    """None for the CPU, whose memory can be sealed."""
+    return None if device.type == "cpu" else device_memory.allocate(num_bytes, device)
 
 
 def _seal(lender: Lender) -> None:
@@ -325,6 +333,10 @@ def _seal(lender: Lender) -> None:
         raise ModelError(
             f"this system cannot seal memory against writing, which lending needs (Linux 5.1 can): "
             f"{error}; leave out --lend"
+        ) from None
+    except RuntimeError as error:
+        raise ModelError(
+            f"this device cannot share its memory with other processes: {error}; leave out --lend"
         ) from None
 
 

@@ -1,0 +1,122 @@
+"""A device's memory that several processes of one host see: torch's CUDA IPC, in words of JSON.
+
+One process has a block and shares it; others attach it, on the same device, and see the same bytes.
+Unlike the host's sealed memory it can be written to by all of them: CUDA has no other kind. (On the
+CPU a block is a file in shared memory, so that all of this runs without a GPU.)
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import Any
+
+import torch
+
+from symbiosis.errors import ProtocolError
+from symbiosis.wire.frames import Json
+
+ALIGNMENT = 512
+"""Of a tensor in a block: that of torch's CUDA allocator, by which kernels are chosen."""
+
+_GRANULARITY = 2 << 20
+"""CUDA's allocator hands out whole pieces of that size, and an IPC handle opens the whole piece:
+so that nothing else of this process lies in it."""
+
+_COUNTER = re.compile(rb"/torch_\d+_\d+_\d+")
+"""torch's name of the file in which it counts who has a block. It is written to, so that no other
+may be named."""
+
+
+def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """A block of at least ``num_bytes``, uint8 (n,), not cleared, to itself in memory. Raises
+    torch.OutOfMemoryError."""
+    rounded = -(-num_bytes // _GRANULARITY) * _GRANULARITY
+    return torch.empty(rounded, dtype=torch.uint8, device=device)
+
+
+def share(block: torch.Tensor) -> Json:
+    """What other processes of this host need to `attach` ``block``, which must live for as long as
+    they have it. Not while another thread computes with it. Raises RuntimeError where the device
+    cannot share."""
+    storage = block.untyped_storage()
+    if block.device.type == "cpu":
+        manager, name, num_bytes = storage._share_filename_cpu_()
+        return {"manager": _text(manager), "name": _text(name), "bytes": num_bytes}
+    shared = storage._share_cuda_()  # type: ignore[no-untyped-call]
+    _, handle, num_bytes, offset, counter, counter_offset, event, waits = shared
+    return {
+        "gpu": _uuid(block.device),
+        "handle": _text(handle),
+        "bytes": num_bytes,
+        "offset": offset,
+        "counter": [_text(counter), counter_offset],
+        "event": _text(event) if waits else None,
+    }
+
+
+def is_on(shared: Json, device: torch.device) -> bool:
+    """Does the block that is ``shared`` lie on that device? Opens nothing."""
+    if device.type != "cuda":
+        return device.type == "cpu" and "name" in shared
+    return "gpu" in shared and shared["gpu"] == _uuid(device)
+
+
+def attach(shared: Json, device: torch.device) -> torch.Tensor:
+    """The block that another process has `share`d, uint8 (n,), on the ``device`` where it lies. It
+    stays attached for as long as a tensor sees it. Raises ProtocolError, and RuntimeError where
+    the system does not allow it (another container, or the process has gone)."""
+    try:
+        num_bytes = _number(shared["bytes"])
+        if device.type == "cpu":
+            storage = torch.UntypedStorage._new_shared_filename_cpu(
+                _data(shared["manager"]), _data(shared["name"]), num_bytes
+            )
+        else:
+            storage = _opened(shared, device, num_bytes)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(
+            f"the executor shares memory of a device in a way that makes no sense: {error!r}"
+        ) from None
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+def _opened(shared: dict[str, Any], device: torch.device, num_bytes: int) -> torch.UntypedStorage:
+    counter, counter_offset = shared["counter"]
+    if not _COUNTER.fullmatch(_data(counter)):
+        raise ValueError("that is no counter of torch's")
+    event = shared["event"]
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    opened: torch.UntypedStorage = torch.UntypedStorage._new_shared_cuda(
+        index,
+        _data(shared["handle"]),
+        num_bytes,
+        _number(shared["offset"]),
+        _data(counter),
+        _number(counter_offset),
+        b"" if event is None else _data(event),
+        event is not None,
+    )
+    return opened
+
+
+def _uuid(device: torch.device) -> str:
+    """Of a GPU, the same in every process, whatever number it has there."""
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no number of bytes")
+    return value
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _data(text: object) -> bytes:
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r} is no text")
+    return base64.b64decode(text, validate=True)
