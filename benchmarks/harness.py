@@ -59,7 +59,7 @@ SIZES = {"110m": LLAMA_110M, "1b": LLAMA_1B}
 def make_model(name: str, config: dict[str, Any], dtype: str = "float32") -> Path:
     """A Llama with random weights as an ordinary model folder; made once."""
     folder = MODELS / name
-    if not (folder / "config.json").exists():
+    if not folder.exists():
         code = (
             "import sys, json, torch; from transformers import LlamaConfig, LlamaForCausalLM\n"
             "config, folder, dtype = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]\n"
@@ -67,8 +67,11 @@ def make_model(name: str, config: dict[str, Any], dtype: str = "float32") -> Pat
             "model = LlamaForCausalLM(LlamaConfig(**config)).to(getattr(torch, dtype))\n"
             "model.save_pretrained(folder)"
         )
-        arguments = [json.dumps(config), str(folder), dtype]
-        subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+        MODELS.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=MODELS) as unfinished:  # it may be interrupted
+            arguments = [json.dumps(config), f"{unfinished}/{name}", dtype]
+            subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+            os.rename(f"{unfinished}/{name}", folder)
     return folder
 
 

@@ -1,4 +1,5 @@
-"""Writes the measured table of the README from the results of the other benchmarks."""
+"""Writes the README's short table, and the long one of docs/measured.md, from the results of the other
+benchmarks."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness import RESULTS, ROOT
 
@@ -109,19 +110,123 @@ def makers() -> Iterator[tuple[str, Callable[[Found], list[str]]]]:
         yield f"vllm-cpu{suffix}", vllm_cpu
 
 
-def main() -> None:
+class Row(NamedTuple):
+    """A row of the short table: results of one benchmark, without and with lent weights."""
+
+    what: str
+    peer: str
+    results: str  # their name, with the place of "-lent"
+    ratios: Callable[[Found], list[float]]
+    form: str = ".2f"
+
+
+def at(*paths: str) -> Callable[[Found], list[float]]:
+    """The numbers at ``paths`` into the results, ``16.one_client.ratio``; those that are there."""
+
+    def found(results: Found) -> list[float]:
+        numbers = []
+        for path in paths:
+            value: Any = results
+            for step in path.split("."):
+                value = value.get(step, {})
+            if isinstance(value, (int, float)):
+                numbers.append(value)
+        return numbers
+
+    return found
+
+
+ONE = at("unix/decode.ratio", "unix/prefill.ratio", "unix/training.ratio")
+
+SHORT = (
+    Row("one client, 110M: decode, prefill, training", "whole model", "overhead{}", ONE),
+    Row("one client, 1B: the same", "whole model", "overhead-1b{}", ONE),
+    Row(
+        "1, 2, 4, 8 fine-tuning jobs, 110M",
+        "as many processes",
+        "finetuning-bf16{}",
+        at(*(f"{count}.speed_ratio" for count in (1, 2, 4, 8))),
+    ),
+    Row(
+        "LoRA jobs of the 1B that fit 19 GiB (tcmalloc)",
+        "separate processes that fit",
+        "adapters-1b-bf16{}-tcmalloc_minimal",
+        at("jobs_ratio"),
+        ".1f",
+    ),
+    Row(
+        "1, 4, 16 decoders of four methods, 110M",
+        "as many processes",
+        "decoding-bf16{}",
+        at(*(f"{count}.speed_ratio" for count in (1, 4, 16))),
+    ),
+    Row(
+        "4, 16 decoders of four methods, 1B",
+        "the 4 processes that fit",
+        "decoding-1b-bf16{}",
+        at("4.speed_ratio", "16.speed_ratio"),
+    ),
+    Row(
+        "their memory: peer's over ours",
+        "the 4 processes that fit",
+        "decoding-1b-bf16{}",
+        at("4.memory_ratio", "16.memory_ratio"),
+    ),
+    Row(
+        "4, 16 LoRA decoders in one client (`batch_lora`), 110M",
+        "peft's `adapter_names`",
+        "adapter-names{}",
+        at("4.one_client.ratio", "16.one_client.ratio"),
+    ),
+    Row(
+        "the same, decode",
+        "vLLM on the CPU",
+        "vllm-cpu{}",
+        at("4.decode, one client.ratio", "16.decode, one client.ratio"),
+    ),
+    Row(
+        "the same, prompts",
+        "vLLM on the CPU",
+        "vllm-cpu{}",
+        at("4.prefill, one client.ratio", "16.prefill, one client.ratio"),
+        ".1f",
+    ),
+)
+
+
+def short_table() -> list[str]:
+    rows = ["| | peer | by exchanges | lent |", "|---|---|---|---|"]
+    for row in SHORT:
+        cells = []
+        for lent in ("", "-lent"):
+            numbers = row.ratios(load(row.results.format(lent)))
+            cells.append(
+                ", ".join(format(number, row.form) for number in numbers) or "not measured"
+            )
+        rows.append(f"| {row.what} | {row.peer} | {cells[0]} | {cells[1]} |")
+    return rows
+
+
+def long_table() -> list[str]:
     rows, where = [], []
     for name, make in makers():
         if found := load(name):
             rows += make(found)
             facts = f"commit {found['commit']}, {found['date']}, {found['machine']}"
             where.append(f"- {name}: {facts}.")
-    table = "\n".join(["| | ours against the peer | ratio |", "|---|---|---|", *rows])
-    places = "\n".join(where)
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
+    return ["| | ours against the peer | ratio |", "|---|---|---|", *rows, "", *where]
+
+
+def write(page: Path, lines: list[str]) -> None:
+    """Put ``lines`` in the place of what is between the page's two marks."""
+    before, rest = page.read_text().split(BEGIN)
     _, after = rest.split(END)
-    readme.write_text(f"{before}{BEGIN}\n{places}\n\n{table}\n{END}{after}")
+    page.write_text("\n".join([before + BEGIN, *lines, END + after]))
+
+
+def main() -> None:
+    write(ROOT / "README.md", short_table())
+    write(ROOT / "docs" / "measured.md", long_table())
 
 
 if __name__ == "__main__":
