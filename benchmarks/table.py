@@ -1,5 +1,5 @@
-"""Writes the README's short table, and the long one of docs/measured.md, from the results of the other
-benchmarks."""
+"""Writes the README's short table, and the long one of docs/measured.md, from the other benchmarks'
+results."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from symbiosis.client.private import PrivateSession
 from symbiosis.client.session import Opener, PriorityName, Session
 from symbiosis.client.verifying import Trust
 from symbiosis.privacy.modes import Mode, Privacy
-from symbiosis.transport.sockets import Address, SocketChannel
+from symbiosis.transport.addresses import Address
+from symbiosis.transport.sockets import SocketChannel
 from symbiosis.transport.tls import Secret, Tls
 from symbiosis.waiting import sleep_at_once
 

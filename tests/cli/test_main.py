@@ -23,7 +23,7 @@ from symbiosis.executor.executor import FetchPolicy
 from symbiosis.executor.quantized import Scheme
 from symbiosis.executor.scheduler import POLICIES
 from symbiosis.jobs.record import Progress
-from symbiosis.transport.sockets import Address
+from symbiosis.transport.addresses import Address
 
 Call = Callable[..., Outcome]
 

@@ -6,7 +6,7 @@ import pytest
 
 from symbiosis.errors import ConnectionFailed
 from symbiosis.executor.guard import check_reach
-from symbiosis.transport.sockets import Address
+from symbiosis.transport.addresses import Address
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from certificates import Files, TlsRawClient, connect_tcp, make
 from symbiosis import Executor, Tls, connect
 from symbiosis.errors import ConnectionFailed, ProtocolError
 from symbiosis.executor.weights import Weights
-from symbiosis.transport.sockets import Address
+from symbiosis.transport.addresses import Address
 from symbiosis.transport.tls import ServerTls
 from symbiosis.wire.exchange import NO_BIAS, Op
 

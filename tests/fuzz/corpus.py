@@ -11,7 +11,6 @@ import tiny
 from symbiosis import Executor, Session
 from symbiosis.executor.weights import Weights
 from symbiosis.transport.inproc import InprocChannel
-from symbiosis.transport.sockets import exchange_parts
 from symbiosis.wire.exchange import (
     NO_BIAS,
     Exchange,
@@ -21,7 +20,7 @@ from symbiosis.wire.exchange import (
     pack_exchange,
     pack_result,
 )
-from symbiosis.wire.frames import Json, Kind, json_frame
+from symbiosis.wire.frames import Json, Kind, exchange_parts, json_frame
 from symbiosis.wire.places import INLINE, Places, Room, pack_places
 from symbiosis.wire.tensors import offsets, spec_of
 from symbiosis.wire.views import View

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from symbiosis.transport.sockets import Address
+from symbiosis.transport.addresses import Address
 from symbiosis.wire.exchange import Exchange, unpack_exchange, unpack_result
 from symbiosis.wire.frames import Frame, FrameReader, Json, Kind, Limits
 from symbiosis.wire.tensors import from_payload

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 import tiny
 from symbiosis import Executor, connect
 from symbiosis.errors import ConnectionFailed, ConnectionLost, ProtocolError
-from symbiosis.transport.sockets import DEFAULT_TCP_PORT, Address, SocketChannel, listen
+from symbiosis.transport.addresses import DEFAULT_TCP_PORT, Address, listen
+from symbiosis.transport.sockets import SocketChannel
 from symbiosis.wire.frames import VERSION
 
 # Addresses

@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from symbiosis.executor.executor import Executor
-    from symbiosis.transport.sockets import Address
+    from symbiosis.transport.addresses import Address
     from symbiosis.transport.tls import ServerTls
 
 
@@ -52,7 +52,7 @@ def check(doors: Doors, keys: Path | None) -> None:
     """Find out before minutes are spent on loading. Raises ConnectionFailed, KeyStoreError."""
     from symbiosis.executor import keystore
     from symbiosis.executor.guard import admin_address, check_reach, context_for
-    from symbiosis.transport.sockets import Address
+    from symbiosis.transport.addresses import Address
 
     addresses = [Address.parse(url) for url in doors.urls]
     mutual = doors.tls is not None and doors.tls.client_ca is not None
@@ -68,7 +68,7 @@ def check(doors: Doors, keys: Path | None) -> None:
 
 
 def _try(address: Address) -> None:
-    from symbiosis.transport.sockets import listen
+    from symbiosis.transport.addresses import listen
 
     listener, _ = listen(address)
     listener.close()

@@ -227,7 +227,7 @@ def _supervise(load: Callable[[], Executor], doors: Doors, device: str, terms: s
     import torch
 
     from symbiosis.cli.supervisor import Supervisor
-    from symbiosis.transport.sockets import Address, listen
+    from symbiosis.transport.addresses import Address, listen
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see `supervisor`

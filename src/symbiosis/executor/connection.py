@@ -22,9 +22,9 @@ from symbiosis.executor.ops import Plan
 from symbiosis.executor.outbox import Outbox
 from symbiosis.executor.ring import only_ring
 from symbiosis.executor.tenants import Account
+from symbiosis.transport.addresses import peer_of
 from symbiosis.transport.arena import ArenaUnfit, AttachedArena, receive_with_descriptors
 from symbiosis.transport.lent import Lender
-from symbiosis.transport.sockets import exchange_parts, peer_of
 from symbiosis.transport.tls import TlsSocket
 from symbiosis.wire.checksums import checked
 from symbiosis.wire.exchange import Exchange, Result, pack_result
@@ -37,6 +37,7 @@ from symbiosis.wire.frames import (
     Postponed,
     Rejected,
     error_frame,
+    exchange_parts,
     json_frame,
 )
 from symbiosis.wire.places import Places

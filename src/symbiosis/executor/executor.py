@@ -37,9 +37,9 @@ from symbiosis.executor.scheduler import Policy, Scheduler, Terms
 from symbiosis.executor.server import Server
 from symbiosis.executor.weights import Weights
 from symbiosis.privacy.modes import Bits
+from symbiosis.transport.addresses import Address
 from symbiosis.transport.inproc import InprocChannel
 from symbiosis.transport.lent import Lender
-from symbiosis.transport.sockets import Address
 from symbiosis.transport.tls import ServerTls
 from symbiosis.wire.exchange import Exchange, Result
 from symbiosis.wire.frames import VERSION, Json, Limits

@@ -18,7 +18,7 @@ from symbiosis.errors import AuthenticationFailed, ConnectionFailed, KeyStoreErr
 from symbiosis.executor import keystore
 from symbiosis.executor.keystore import Tenant
 from symbiosis.executor.tenants import Account
-from symbiosis.transport.sockets import Address
+from symbiosis.transport.addresses import Address
 from symbiosis.transport.tls import ServerTls
 
 logger = logging.getLogger(__name__)

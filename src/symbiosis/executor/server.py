@@ -30,7 +30,7 @@ from symbiosis.executor.connection import Answer, Connection, Desk
 from symbiosis.executor.encrypted import EncryptedConnection
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.guard import LOOK_EVERY_S, Guard, context_for, refusal
-from symbiosis.transport.sockets import Address, listen, tune
+from symbiosis.transport.addresses import Address, listen, tune
 from symbiosis.transport.tls import ServerTls, TlsSocket
 from symbiosis.wire.exchange import Result
 from symbiosis.wire.frames import Limits

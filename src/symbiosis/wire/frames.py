@@ -20,12 +20,14 @@ import torch
 
 from symbiosis.errors import DamagedFrame, ExchangeFailed, ProtocolError, SymbiosisError
 from symbiosis.wire.checksums import CHECKED, CHECKSUM, checksum
-from symbiosis.wire.tensors import TensorSpec, allocate
+from symbiosis.wire.tensors import ALIGNMENT, TensorSpec, allocate, as_bytes, offsets
 
 MAGIC = b"SY"
 VERSION = 1
 HEADER = struct.Struct("<2sBBIQQ")
 """magic 2s | version u8 | kind u8 | meta_bytes u32 | request u64 | payload_bytes u64"""
+
+_PADDING = bytes(ALIGNMENT)
 
 Json = dict[str, object]
 
@@ -97,6 +99,29 @@ def json_frame(kind: Kind, request: int, value: Json, payload_bytes: int = 0) ->
     """Header and meta of a JSON frame; its payload, if any, follows."""
     meta = json.dumps(value, separators=(",", ":")).encode()
     return pack_header(kind, request, len(meta), payload_bytes) + meta
+
+
+def exchange_parts(
+    kind: Kind,
+    request: int,
+    meta: bytes,
+    specs: tuple[TensorSpec, ...],
+    tensors: tuple[torch.Tensor, ...],
+) -> list[bytes | memoryview]:
+    """The buffers of a frame with tensors, ready for one gathering send."""
+    if len(tensors) == 1:
+        body = as_bytes(tensors[0])
+        return [pack_header(kind, request, len(meta), len(body)) + meta, body]
+    starts, end = offsets(specs)
+    parts: list[bytes | memoryview] = [pack_header(kind, request, len(meta), end) + meta]
+    at = 0
+    for start, tensor in zip(starts, tensors, strict=True):
+        if start > at:
+            parts.append(_PADDING[: start - at])
+        body = as_bytes(tensor)
+        parts.append(body)
+        at = start + len(body)
+    return parts
 
 
 def error_frame(request: int, error: SymbiosisError) -> bytes:
