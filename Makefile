@@ -57,6 +57,7 @@ bench: setup  ## the figures of the README and of docs/decisions; an hour and a 
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/few_rows.py
+	$(BIN)/python benchmarks/dtypes.py
 	$(BIN)/python benchmarks/placement.py
 	$(BIN)/python benchmarks/policies.py
 	$(BIN)/python benchmarks/quantized.py

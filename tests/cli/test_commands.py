@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import symbiosis
+import tiny_files
 from command_line import Outcome, Served, finish, run, serve, start
 from symbiosis.jobs import finetune
 from symbiosis.jobs.record import Progress, RunFolder
@@ -209,6 +210,26 @@ def test_a_pinned_model(served: Served, model_folder: Path) -> None:
     assert refused.code == 1
     assert printed.out.strip() in refused.err
     assert "Nothing was sent" in refused.err
+
+
+def test_the_dtype_that_is_fastest_here(tmp_path: Path) -> None:
+    """The executor says which, and has the digest of that dtype."""
+    folder = tiny_files.build_model(tmp_path / "tiny")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    served = serve(folder, tmp_path, "--dtype", "fastest")
+    try:
+        (weights,) = [line for line in served.lines if line.lstrip().startswith("weights")]
+        dtype = weights.split()[-1]
+        assert dtype in ("bfloat16", "float32")
+        with symbiosis.connect(served.unix) as session:
+            assert session.digest == run("digest", folder, "--dtype", dtype).out.strip()
+            assert session.model().dtype == getattr(torch, dtype)
+    finally:
+        served.process.send_signal(signal.SIGTERM)
+        assert "rows:" in finish(served.process).err
+    refused = run("digest", folder, "--dtype", "fastest")
+    assert refused.code == 2
+    assert "the dtype that it says" in refused.err
 
 
 def test_a_verified_executor(

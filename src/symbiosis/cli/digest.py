@@ -21,6 +21,11 @@ def digest(
     Clients pin it: --expect-digest, or connect(..., expect_digest=...). It needs the memory of
     the model while it runs.
     """
+    if dtype is Dtype.fastest:
+        raise typer.BadParameter(
+            "fastest is measured when the executor starts; give the dtype that it says",
+            param_hint="--dtype",
+        )
     console.quiet_libraries()
     from symbiosis.executor.digests import ModelDigest
     from symbiosis.executor.weights import Weights

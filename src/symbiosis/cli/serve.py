@@ -9,7 +9,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -30,6 +30,7 @@ DEFAULT_URL = "tcp://127.0.0.1:7420"
 
 class Dtype(enum.StrEnum):
     auto = "auto"
+    fastest = "fastest"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -69,7 +70,13 @@ def serve(
             show_default=DEFAULT_URL,
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto: what the model's files say.")] = Dtype.auto,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="What is computed in. auto: what the model's files say. fastest: that or float32, "
+            "whichever is measured to be faster here for this model."
+        ),
+    ] = Dtype.auto,
     device: Annotated[
         str, typer.Option(metavar="cpu|cuda", help="Where the frozen weights are.")
     ] = "cpu",
@@ -294,11 +301,16 @@ def _bits(masked: list[Masked]) -> tuple[Bits, ...]:
     return tuple(found[each] for each in dict.fromkeys(masked))
 
 
-def torch_dtype(dtype: Dtype) -> torch.dtype | None:
+def torch_dtype(dtype: Dtype) -> torch.dtype | Literal["fastest"] | None:
     import torch
 
-    found = None if dtype is Dtype.auto else getattr(torch, dtype.value)
-    assert found is None or isinstance(found, torch.dtype)
+    match dtype:
+        case Dtype.auto:
+            return None
+        case Dtype.fastest:
+            return "fastest"
+    found = getattr(torch, dtype.value)
+    assert isinstance(found, torch.dtype)
     return found
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -102,7 +103,7 @@ class Executor:
         cls,
         model: str,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Literal["fastest"] | None = None,
         device: str = "cpu",
         quantize: Scheme | None = None,
         policy: Policy = "align",
@@ -115,12 +116,13 @@ class Executor:
     ) -> Executor:
         """Load a local ``transformers`` folder or a hub id; raises ModelError.
 
-        ``quantize`` keeps the matrices of the linear layers in eight bits (``int8``) or four
-        (``nf4``); embeddings, the output head, convolutions and experts stay dense. ``masked``
-        offers masked exchanges to clients; see `Executor`. ``lend`` keeps the weights in memory
-        that clients on this host may map, to compute with by themselves: read-only on the CPU; on a
-        GPU, for clients on the same one, that they could write to. Those that may not fetch weights
-        are lent none.
+        ``dtype`` is by default that of the files; "fastest" computes in float32 instead where a
+        measurement says that this is faster. ``quantize`` keeps the matrices of the linear layers
+        in eight bits (``int8``) or four (``nf4``); embeddings, the output head, convolutions and
+        experts stay dense. ``masked`` offers masked exchanges to clients; see `Executor`.
+        ``lend`` keeps the weights in memory that clients on this host may map, to compute with by
+        themselves: read-only on the CPU; on a GPU, for clients on the same one, that they could
+        write to. Those that may not fetch weights are lent none.
         """
         weights = Weights.load(model, dtype=dtype, device=device, quantize=quantize, lend=lend)
         return cls(

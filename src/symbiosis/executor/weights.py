@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save
@@ -25,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from symbiosis.errors import InvalidInput, ModelError, UnknownWeight
 from symbiosis.executor import quantized
+from symbiosis.executor.fastest import fastest_dtype
 from symbiosis.executor.model_files import read_model
 from symbiosis.executor.quantized import QuantizedMatrix, Scheme
 from symbiosis.privacy.ring import RingWeight
@@ -139,20 +141,24 @@ class Weights:
         cls,
         model: str,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Literal["fastest"] | None = None,
         device: str = "cpu",
         quantize: Scheme | None = None,
         lend: bool = False,
     ) -> Weights:
         """Load a local ``transformers`` folder or a hub id, safetensors only, no remote code.
 
-        ``dtype`` None keeps what the configuration says. Raises ModelError with the reason.
+        ``dtype`` None keeps what the configuration says; "fastest" measures, see `fastest_dtype`.
+        Raises ModelError with the reason.
         """
         started = time.monotonic()
         if quantize is not None:
             quantized.check(quantize)
-        loaded, folder = read_model(model, dtype)
         where = torch.empty(0, device=device).device  # with its number
+        loaded, folder = read_model(model, None if dtype == "fastest" else dtype)
+        if dtype == "fastest" and (chosen := fastest_dtype(loaded, where)) != loaded.dtype:
+            del loaded
+            loaded, folder = read_model(model, chosen)
         if not lend:  # which moves one weight at a time into memory of its own
             loaded = loaded.to(where)
         weights = cls(loaded.eval(), model, folder, quantize, lend, where)
