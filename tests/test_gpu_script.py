@@ -26,6 +26,8 @@ def test_every_part_runs_on_the_stand_in(tmp_path: Path) -> None:
     assert found["many"]["tokens_per_s"] > 0
     assert found["decode"]["2 clients"] > 0
     assert found["context"]["64: client in host memory"] > 0
+    assert found["context"]["64: client in host memory, limit"] > 0
+    assert all(limit > 0 for limit in found["exchange"]["limits_s"]["1 MB"].values())
     assert all(found["lent"]["2 processes"][kind] > 0 for kind in ("training", "decoding"))
 
 

@@ -6,8 +6,8 @@ processes with and without MPS), ``jobs`` (Llama-2-13B: how many fine-tuning job
 (20 Gemma-2-27B adapters trained at once), ``decode`` (1, 4 and 16 clients against HF eager),
 ``context`` (a client whose cache and attention are in host memory, against HF's offloaded cache)
 and ``lent`` (processes that compute with one base, lent by CUDA IPC, against the whole model).
-A part that fails says why and does not stop the others. Training and decoding stand beside their
-physical limit, from the arithmetic and the bandwidth that this device showed in the same call.
+A part that fails says why and does not stop the others. Every figure stands beside its physical
+limit, from the arithmetic and the bandwidths that this machine showed in the same call.
 
 ``--device cpu --stand-in`` runs every part with tiny models, for a machine without a GPU.
 """
@@ -59,6 +59,7 @@ from symbiosis.executor.weights import Weights  # noqa: E402
 from worker import METHODS  # noqa: E402
 
 GIB = 2**30
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class Sizes:
     tokens: int = 32
     contexts: tuple[int, ...] = (4096, 32768)
     stand_in: bool = False
+
+
+EXCHANGED = {"8 KB": 8 << 10, "1 MB": 1 << 20}
+"""What crosses in one exchange, each way."""
 
 
 def full_sizes() -> Sizes:
@@ -171,6 +176,8 @@ class Bench:
             "torch": torch.__version__,
             "memory_gib": self.total_memory() / GIB,
             "bandwidth_gb_per_s": self.bandwidth / 1e9,
+            "host_bandwidth_gb_per_s": self.host_bandwidth / 1e9,
+            "link_gb_per_s": self.link / 1e9,
             "bf16_tflops": self.flops / 1e12,
         }
 
@@ -186,11 +193,27 @@ class Bench:
 
     @functools.cached_property
     def bandwidth(self) -> float:
-        """Bytes/s, read and written."""
+        """Of the device's memory: bytes/s, read and written."""
+        return 2 * self._copied(self.device, self.device)
+
+    @functools.cached_property
+    def host_bandwidth(self) -> float:
+        """The same of the host's memory."""
+        return 2 * self._copied(_HOST, _HOST)
+
+    @functools.cached_property
+    def link(self) -> float:
+        """Bytes/s from the host's memory to the device's."""
+        return self._copied(_HOST, self.device)
+
+    def _copied(self, source: torch.device, target: torch.device) -> float:
+        """Bytes/s."""
         size = GIB if self.device.type == "cuda" else GIB // 16
-        a = torch.ones(size, dtype=torch.uint8, device=self.device)
-        b = torch.empty_like(a)
-        return 2 * size / self._best_s(lambda: b.copy_(a))
+        a = torch.ones(size, dtype=torch.uint8, device=source)
+        if source.type != target.type:
+            a = a.pin_memory()
+        b = torch.empty_like(a, device=target)
+        return size / self._best_s(lambda: b.copy_(a))
 
     @functools.cached_property
     def flops(self) -> float:
@@ -262,9 +285,18 @@ class Bench:
                         [*command, "--exchange-client", served.unix], text=True
                     )
                     found[name] = json.loads(output.splitlines()[-1])
+        limits = {
+            label: {"in process": 2 * size / self.bandwidth, "processes": 4 * size / self.link}
+            for label, size in EXCHANGED.items()
+        }
         for name, times in found.items():
             print(f"  {name}: {times}")
-        return found
+        for label, each in limits.items():
+            print(
+                f"  {label} each way: 2 · bytes / bandwidth allows {each['in process'] * 1e6:.1f} "
+                f"µs in process, 4 · bytes / link {each['processes'] * 1e6:.1f} between processes"
+            )
+        return {**found, "limits_s": limits}
 
     def jobs(self) -> dict[str, Any]:
         """Fine-tuning jobs (LoRA r = 16, all linear layers, AdamW, checkpointing) on one executor,
@@ -385,7 +417,15 @@ class Bench:
             }
             if self.device.type == "cuda":
                 sides["whole, offloaded cache"] = (whole, True)
+            weights = _bytes_of(whole)
             for length in sizes.contexts:
+                cache = self._cache_bytes(whole, length)
+                limits = {
+                    "whole, cache on the device": (weights + cache) / self.bandwidth,
+                    "client on the device": (weights + cache) / self.bandwidth,
+                    "client in host memory": weights / self.bandwidth + cache / self.host_bandwidth,
+                    "whole, offloaded cache": max(weights / self.bandwidth, cache / self.link),
+                }
                 for name, (model, offloads) in sides.items():
                     try:
                         seconds = self._token_s(model, length, offloads)
@@ -395,7 +435,11 @@ class Bench:
                     finally:
                         self.forget_peak()
                     found[f"{length}: {name}"] = seconds
-                    print(f"  {length} tokens, {name}: {seconds * 1e3:.1f} ms a token")
+                    found[f"{length}: {name}, limit"] = limits[name]
+                    print(
+                        f"  {length} tokens, {name}: {seconds * 1e3:.1f} ms a token; reading "
+                        f"weights and cache once allows {limits[name] * 1e3:.1f}"
+                    )
         return found
 
     def lent(self) -> dict[str, Any]:
@@ -482,6 +526,12 @@ class Bench:
             token = out.logits[:, -1:].argmax(-1)
             out = model(token, past_key_values=cache, use_cache=True)
         self.synchronize()
+
+    def _cache_bytes(self, model: PreTrainedModel, length: int) -> int:
+        """Keys and values of ``length`` tokens."""
+        config = model.config
+        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize
 
     @torch.no_grad()
     def _token_s(self, model: Any, length: int, offloads: bool) -> float:
@@ -657,7 +707,7 @@ def _exchange_us(session: symbiosis.Session, device: str) -> dict[str, float]:
     """The median from the call to the result on the device, by bytes each way."""
     weight = session.model(device=device).model.layers[0].mlp.up_proj.weight
     found = {}
-    for label, size in (("8 KB", 8 << 10), ("1 MB", 1 << 20)):
+    for label, size in EXCHANGED.items():
         x = torch.randn(size // 4 // weight.shape[1], weight.shape[1], device=device)
         times = []
         for _ in range(300):
