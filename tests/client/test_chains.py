@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import tiny
 from symbiosis import Executor, Session, connect
 from symbiosis.client.trace import Traced
+from symbiosis.errors import ExchangeFailed, ExchangeRefused, InvalidInput
 from symbiosis.wire.exchange import Exchange, Op, Priority, Result
 
 Serve = Callable[..., tuple[Executor, str]]
@@ -233,14 +235,24 @@ def test_a_watched_tensor_that_stays_is_as_good_as_a_plain_one(base: Session) ->
             out = model(token, past_key_values=out.past_key_values, output_hidden_states=True)
             kept += out.hidden_states
     watched = [t for t in kept if type(t) is Traced]
+    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
     for hidden in watched:
+        copied = copy.deepcopy([hidden])[0]
+        assert type(copied) is Tensor
+        assert torch.equal(copied, hidden)
         head = nn.Linear(32, 2)
         head(hidden).sum().backward()
         assert head.weight.grad is not None
         assert type(hidden + 1) is Tensor
+        into = hidden.clone().as_subclass(Traced)
+        into._trace = hidden._trace
+        x = torch.randn(1, 1, 64)
+        assert torch.matmul(x, weight, out=into) is into
+        torch.testing.assert_close(into.as_subclass(Tensor), x @ weight)
     assert torch.equal(torch.stack(kept[:2]), torch.stack([t.clone() for t in kept[:2]]))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])  # experts: by ATen operations
 def test_training_is_not_chained_and_has_its_priority(base: Session) -> None:
     """Within an autograd function torch says that gradients are off: it must not be believed."""
     model = get_peft_model(base.model(), lora(["o_proj"]))
@@ -262,6 +274,48 @@ def test_training_is_not_chained_and_has_its_priority(base: Session) -> None:
     decode(model)
     assert {priority for _, priority in asked} == {Priority.INTERACTIVE}
     assert Op.CHAIN in {op for op, _ in asked}
+
+
+def test_another_dtype_is_learned_anew(base: Session) -> None:
+    """What was learned in float32 is not asked for with bfloat16, nor taken for it."""
+    local, model = tiny.llama(), base.model()
+    assert torch.equal(decode(model), decode(local))
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            torch.testing.assert_close(decode(model), decode(local), rtol=2e-2, atol=2e-2)
+    assert torch.equal(decode(model, 12), decode(local, 12))
+    half = base.model(dtype=torch.bfloat16)
+    torch.testing.assert_close(decode(half), decode(tiny.llama().bfloat16()), rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("error", [InvalidInput("no such chain"), ExchangeFailed("no memory")])
+def test_a_chain_that_is_refused_costs_an_exchange(base: Session, error: ExchangeRefused) -> None:
+    local, model = tiny.llama(), base.model()
+    channel = base._channel
+    assert channel is not None
+    send, refused = channel.exchange, 0
+
+    def refuses(exchange: Exchange) -> Result:
+        nonlocal refused
+        if exchange.op is Op.CHAIN:
+            refused += 1
+            raise error
+        return send(exchange)
+
+    channel.exchange = refuses  # type: ignore[method-assign]
+    assert torch.equal(decode(model, 30), decode(local, 30))
+    assert 0 < refused < 6  # it is tried again, more and more rarely
+
+
+@torch.no_grad()
+def test_prompts_of_many_lengths_do_not_drive_out_what_is_in_use(base: Session) -> None:
+    model = base.model()
+    assert exchanges_per_token(base, model) == 3
+    for length in range(2, 40):
+        out = model(tiny.tokens(1, length), use_cache=True)
+        before = base.stats().exchanges
+        model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values)
+        assert base.stats().exchanges == before + 3
 
 
 def test_training_and_prefill_are_exact_beside_chains(base: Session) -> None:

@@ -37,6 +37,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "matmul 3d": lambda x, w: torch.matmul(x.view(2, 2, 32), w.transpose(0, 1)),
     "matmul 1d": lambda x, w: torch.matmul(x[0], w.t()),
     "mm": lambda x, w: torch.mm(x, w.t()),
+    "mm by keyword": lambda x, w: torch.mm(x, mat2=w.t()) + x.mm(mat2=w.t()),
     "weight first": lambda x, w: w @ x.t(),
     "weight times vector": lambda x, w: w @ x[0],
     "addmm": lambda x, w: torch.addmm(torch.ones(64), x, w.t()),

@@ -20,6 +20,7 @@ from symbiosis.errors import (
     InvalidInput,
     ModelError,
     ProtocolError,
+    QuotaExceeded,
     SymbiosisError,
 )
 from symbiosis.wire.exchange import Op
@@ -93,6 +94,20 @@ def test_a_mistake_is_not_repeated_for_long() -> None:
 def test_damage_is_not_a_mistake() -> None:
     session = scripted(*([DamagedFrame("bits")] for _ in range(6)), ["fine"])
     ask(session)
+
+
+def test_a_full_house_may_be_so_by_the_lost_connection() -> None:
+    """The executor notices that one only later. At the first connection it is an answer."""
+    full = QuotaExceeded("2 sessions already")
+    ask(scripted([ConnectionLost("gone")], full, full, ["fine"]))
+    session = scripted([ConnectionLost("gone")], *[full] * 50, retry_s=0.3)
+    with pytest.raises(ConnectionFailed, match="2 sessions already"):
+        ask(session)
+    with pytest.raises(QuotaExceeded):
+        scripted(full)
+    session = scripted([ConnectionLost("gone")], [QuotaExceeded("no time left"), "not asked for"])
+    with pytest.raises(QuotaExceeded, match="no time left"):
+        ask(session)
 
 
 def test_patience_ends() -> None:

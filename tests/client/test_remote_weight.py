@@ -338,6 +338,39 @@ def test_data_assignment_makes_it_local(model: PreTrainedModel, plain: torch.Ten
     assert not layer(torch.randn(2, 32)).any()
 
 
+def test_an_alias_sees_what_is_changed_through_it(
+    model: PreTrainedModel, plain: torch.Tensor
+) -> None:
+    layer = model.model.layers[0].mlp.up_proj
+    alias, other = layer.weight.data, layer.weight.data
+    alias.mul_(0.5)
+    alias.add_(1.0)
+    other[0] = 7.0
+    wanted = plain * 0.5 + 1.0
+    wanted[0] = 7.0
+    x = torch.randn(3, 64)
+    for found in (alias, other, layer.weight.detach()):
+        assert torch.equal(found, wanted)
+        assert torch.equal(x @ found, x @ wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.uint8])
+def test_a_cast_to_another_kind_of_number_is_made(
+    weight: RemoteWeight, plain: torch.Tensor, dtype: torch.dtype
+) -> None:
+    assert torch.equal(weight.to(dtype), plain.to(dtype))
+    assert torch.equal((weight * 30).to(dtype), (plain * 30).to(dtype))
+    assert torch.equal(weight.to(dtype).float(), plain.to(dtype).float())
+
+
+def test_a_slice_in_another_dtype(weight: RemoteWeight, plain: torch.Tensor) -> None:
+    found, wanted = weight[:, :10].to(torch.bfloat16), plain[:, :10].to(torch.bfloat16)
+    assert found.stride() == wanted.stride()
+    assert torch.equal(found.view(-1) + 0, wanted.view(-1))
+    x = torch.randn(3, 10).bfloat16()
+    torch.testing.assert_close(x @ found.t(), x @ wanted.t(), rtol=0.02, atol=1e-3)
+
+
 def test_a_gradient_makes_it_local_and_trainable(
     model: PreTrainedModel, local: PreTrainedModel
 ) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 
 import pytest
 import torch
@@ -47,6 +49,34 @@ def test_a_data_set_may_hold_the_model(
         Embedded(model), batch_size=2, num_workers=1, multiprocessing_context=method
     )
     assert torch.equal(torch.cat(list(loader)), expected(local))
+    assert torch.equal(model(tiny.tokens()).logits, local(tiny.tokens()).logits)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_in_the_middle_of_an_exchange_of_another_thread(
+    session: Session, local: PreTrainedModel
+) -> None:
+    model = session.model()
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with session._lock:
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert entered.wait(60)
+        child = os.fork()
+        if not child:
+            signal.alarm(60)
+            same = torch.equal(model(tiny.tokens()).logits, local(tiny.tokens()).logits)
+            os._exit(0 if same else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        leave.set()
+        thread.join()
     assert torch.equal(model(tiny.tokens()).logits, local(tiny.tokens()).logits)
 
 

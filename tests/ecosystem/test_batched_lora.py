@@ -114,8 +114,16 @@ def in_inference_mode(model: PeftModel) -> None:
         a_copy(model)
 
 
+def hotswapped(model: PeftModel) -> None:
+    for layer in model.modules():
+        if isinstance(layer, Linear) and "second" in layer.lora_B:
+            layer.lora_B["second"].weight.data.copy_(2 * layer.lora_B["second"].weight)
+    batch_lora(model)
+
+
 @pytest.mark.parametrize(
-    "change", [a_step, another_of_that_name, another_scaling, a_copy, in_inference_mode]
+    "change",
+    [a_step, another_of_that_name, another_scaling, a_copy, in_inference_mode, hotswapped],
 )
 def test_a_changed_adapter_is_seen(twins: list[PreTrainedModel], change: Change) -> None:
     model = batch_lora(adapted(twins[1]))
@@ -125,6 +133,16 @@ def test_a_changed_adapter_is_seen(twins: list[PreTrainedModel], change: Change)
     assert not torch.allclose(logits(model, names)[1], before[1], atol=1e-3)
     assert torch.equal(logits(model, names)[0], before[0])
     both(model, names)
+
+
+def test_a_model_that_is_moved_takes_its_adapters_along(twins: list[PreTrainedModel]) -> None:
+    model = batch_lora(adapted(twins[1]))
+    names = ["first", "second", "third"]
+    logits(model, names)
+    model.to(torch.bfloat16)
+    logits(model, names)
+    stacks = [m._kept for m in model.modules() if isinstance(m, Linear) and m._kept is not None]
+    assert {stack.a.dtype for stack in stacks} == {torch.bfloat16}
 
 
 def test_adapters_of_two_dtypes(twins: list[PreTrainedModel]) -> None:

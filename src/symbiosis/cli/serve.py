@@ -201,6 +201,12 @@ def serve(
     doors = Doors(urls, server_tls(tls_cert, tls_key, tls_client_ca), allow_remote, admin)
     check(doors, keys)
     _check_device(device)
+    if supervise and dtype is Dtype.fastest:
+        raise typer.BadParameter(
+            "fastest is measured when an executor starts, and one that is started again must host "
+            "the same: start it once without --supervise, and give the dtype that it says",
+            param_hint="--dtype",
+        )
     typer.echo(f"symbiosis {__version__}: loading {model}")
     load = functools.partial(
         Executor.load,

@@ -17,6 +17,7 @@ from symbiosis.client.chains import MAX_INPUT_BYTES, Chains
 from symbiosis.client.groups import InputGroups
 from symbiosis.client.linking import Ask, Member
 from symbiosis.client.trace import plain
+from symbiosis.errors import ExchangeRefused
 from symbiosis.wire.exchange import Op
 
 Send = Callable[
@@ -62,14 +63,24 @@ class Ahead:
         if result is not None:
             self.grouped += 1
         elif (asked := chains.ask(member, plain(x))) is not None:
-            ask, tensors = asked
-            (outputs,) = send(Op.CHAIN, ask.weights, ask.biases, ask.params, tensors, False)
-            if self.verify is not None:
-                self.verify(ask, tensors[0], outputs)
-            result = chains.arrived(ask, tensors[0], outputs)
-        else:
+            result = self._asked(chains, *asked, send)
+        if result is None:
             result = self.together(member, plain(x), False, send)
         return chains.observe(member, x, result)
+
+    def _asked(
+        self, chains: Chains, ask: Ask, tensors: tuple[Tensor, ...], send: Send
+    ) -> Tensor | None:
+        """The result of the chain's first product; None if the executor refuses the chain, which is
+        no more than a guess of ours."""
+        try:
+            (outputs,) = send(Op.CHAIN, ask.weights, ask.biases, ask.params, tensors, False)
+        except ExchangeRefused:
+            chains.give_up()
+            return None
+        if self.verify is not None:
+            self.verify(ask, tensors[0], outputs)
+        return chains.arrived(ask, tensors[0], outputs)
 
     def clear(self) -> None:
         """Drop results that wait for their products."""
@@ -83,11 +94,12 @@ class Ahead:
         return [chain for chains in self._chains.values() for chain in chains.chains]
 
     def _chains_for(self, rows: int) -> Chains:
-        found = self._chains.get(rows)
+        found = self._chains.pop(rows, None)
         if found is None:
-            if len(self._chains) == _MOST_ROW_COUNTS:
+            if len(self._chains) == _MOST_ROW_COUNTS:  # the one that was not used for longest
                 self._chains.pop(next(iter(self._chains))).forget()
-            found = self._chains[rows] = Chains(self._vector_id)
+            found = Chains(self._vector_id)
+        self._chains[rows] = found
         return found
 
     def together(self, member: Member, x: Tensor, recording: bool, send: Send) -> Tensor:

@@ -27,12 +27,14 @@ def batch_lora(model: Model) -> Model:
     after adding one to layers that had none. It is for inference: with gradients, or with dropout,
     peft computes, as it does for what is not plain LoRA on a linear layer (DoRA, aLoRA, biases,
     embeddings). Ranks may differ: shorter ones are filled up with zeros. A layer keeps the stack of
-    its last batch's adapters, a second copy of them. A weight that is changed through ``.data``,
-    which torch does not notice, is not seen.
+    its last batch's adapters, a second copy of them. What is changed through ``.data``, as peft's
+    ``hotswap_adapter`` does it, torch does not notice: call this again to have it seen.
     """
     for layer in model.modules():
         if type(layer) is Linear:
             layer.__class__ = _BatchedLinear
+        elif isinstance(layer, _BatchedLinear):
+            layer._kept = None
     return model
 
 
@@ -99,8 +101,7 @@ class _BatchedLinear(Linear):  # type: ignore[misc]
                 scalings.append(float(self.scaling[name]))
         if not weights:
             return None
-        # Of what was made in inference mode torch counts no versions: stacked anew each time.
-        versions = [object() if w.is_inference() else w._version for w in weights]
+        versions = [_version(weight) for weight in weights]
         kept = self._kept
         if (
             kept is not None
@@ -122,3 +123,11 @@ class _BatchedLinear(Linear):  # type: ignore[misc]
                 b[number, : len(lora_a)] = scaling * lora_b.t()
         self._kept = _Stack(adapters, weights, versions, scalings, a, b)
         return self._kept
+
+
+def _version(weight: Tensor) -> object:
+    """Another one when the weight has changed or was moved. Of what was made in inference mode
+    torch counts none: another one each time."""
+    if weight.is_inference():
+        return object()
+    return weight._version, weight.data_ptr(), weight.dtype, weight.device

@@ -30,7 +30,7 @@ class Borrowed:
     """Do few rows go to the executor all the same, where others' rows join them?"""
 
     def __init__(self, lent: Lent, weights: dict[int, WeightInfo], identity: Identity) -> None:
-        self._lent = lent
+        self._lent = self._announced = lent
         self._weights = weights
         self._identity = identity
         self._tensors: dict[int, Tensor] = {}
@@ -40,7 +40,12 @@ class Borrowed:
     @property
     def clients(self) -> int:
         """How many are at work there, by what the executor last announced."""
-        return self._lent.clients
+        return self._announced.clients
+
+    def follow(self, lent: Lent) -> None:
+        """Another executor lends the same weights now: it says who is at work. What lies in the
+        first one's memory is computed with as before."""
+        self._announced = lent
 
     def weight(self, number: int, device: torch.device) -> Tensor | None:
         """A weight where it lies in the memory of ``device``, in the executor's dtype, not to be
@@ -76,4 +81,4 @@ class Borrowed:
             sizes = [math.prod(info.shape) for info in self._weights.values()]
             large = sum(sizes) >= _WORTH_JOINING * len(sizes)
             self.joins_others = large and not alone and self._lent.is_in_host_memory
-            sleep_at_once(not alone)
+        sleep_at_once(not alone)  # each time: other sessions of this process have their say, too

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from symbiosis.client.linking import SENT, Ask, Event, Member, link
+from symbiosis.client.linking import SENT, Ask, Event, Member, Start, link, start_of
 from symbiosis.client.trace import Trace, plain
 from symbiosis.wire.exchange import Op
 
@@ -40,7 +40,7 @@ class Chains:
 
     def __init__(self, vector_id: Callable[[Tensor], int]) -> None:
         self._vector_id = vector_id
-        self._asks: dict[tuple[Member, tuple[int, ...]], Ask] = {}
+        self._asks: dict[Start, Ask] = {}
         self._answers: dict[Member, tuple[Tensor, Tensor]] = {}
         self._kept: dict[int, Tensor] = {}
         self._misses = 0
@@ -64,20 +64,20 @@ class Chains:
         if found is None:
             return None
         expected, result = found
-        if x.numel() != expected.numel() or not torch.equal(x.view(expected.shape), expected):
+        if not _is_the_same(x, expected):
             self._missed()
             return None
+        if not self._answers:  # all of a chain was used
+            self._misses = 0
         return _shaped(result, member, x)
 
     def ask(self, member: Member, x: Tensor) -> tuple[Ask, tuple[Tensor, ...]] | None:
         """The chain to ask for instead of the one product, with the tensors to send."""
-        ask = self._asks.get((member, x.shape))
+        ask = self._asks.get(start_of(member, x))
         if ask is None:
             return None
         if self._answers:  # the last chain was not used up
             self._missed()
-        else:
-            self._misses = 0
         try:
             return ask, (x, *[self._kept[node] for node in ask.takes])
         except KeyError:
@@ -124,15 +124,19 @@ class Chains:
         self._kept.clear()
         self._start_again()
 
+    def give_up(self) -> None:
+        """Forget the chains, and learn them anew after a pause that is longer each time."""
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        self._wait = self._pause
+        self._misses = 0
+        self.forget()
+
     def _missed(self) -> None:
         self._answers.clear()
         self._misses += 1
         if self._misses >= _MOST_MISSES:
             logger.debug("the model took another way three times: its chains are forgotten")
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-            self._wait = self._pause
-            self._misses = 0
-            self.forget()
+            self.give_up()
 
     def _start_again(self) -> None:
         self._pass = []
@@ -167,7 +171,7 @@ class Chains:
         if node is None:
             node = self._outside_node(trace, plain(x))
         watched = trace.watch(result)
-        self._events.append(Event(member, node, len(trace.nodes) - 1, tuple(x.shape)))
+        self._events.append(Event(start_of(member, x), node, len(trace.nodes) - 1))
         # The pass's last result (logits) leaves the model: nobody need watch it.
         return result if len(self._events) == len(self._last_pass) else watched
 
@@ -176,6 +180,12 @@ class Chains:
         if key not in self._outside:
             self._outside[key] = (trace.outside(x), x)  # kept, so that its memory stays its own
         return self._outside[key][0]
+
+
+def _is_the_same(x: Tensor, expected: Tensor) -> bool:
+    """Bit for bit, as rows?"""
+    alike = x.numel() == expected.numel() and x.dtype is expected.dtype
+    return alike and x.device == expected.device and torch.equal(x.view(expected.shape), expected)
 
 
 def _shaped(result: Tensor, member: Member, x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from symbiosis.client.trace import Traced
+
 
 class Twin(NamedTuple):
     """The functional overload of one that writes into ``destination``."""
@@ -42,12 +44,12 @@ def twin_of(overload: Any) -> Twin | None:
 def write(twin: Twin, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call the twin, copy its result to the destination and return that, as torch does.
 
-    NotImplemented if the destination is no plain tensor. Raises RuntimeError where torch would:
+    NotImplemented if the destination is no local tensor. Raises RuntimeError where torch would:
     for a result of another shape or kind of number.
     """
     rest = dict(kwargs)
     target = rest.pop(twin.destination) if twin.by_keyword else args[0]
-    if type(target) is not Tensor and type(target) is not torch.nn.Parameter:
+    if type(target) not in (Tensor, torch.nn.Parameter, Traced):
         return NotImplemented
     value = twin.overload(*args, **rest)
     if not torch.can_cast(value.dtype, target.dtype):

@@ -71,10 +71,13 @@ def _aten_clone(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _aten_to_copy(func: Any, args: Any, kwargs: Any) -> Any:
+    """Among floating dtypes a cast stays lazy; any other changes the numbers for good."""
     weight = args[0]
     dtype = kwargs.get("dtype") or weight.dtype
-    device = kwargs.get("device") or weight.device
-    return weight.cast(dtype, torch.device(device))._owned()
+    device = torch.device(kwargs.get("device") or weight.device)
+    if not dtype.is_floating_point:
+        return weight._numbers(f"a cast to {dtype}{asker()}").to(device, dtype)
+    return weight.cast(dtype, device)._owned()
 
 
 def _aten_copy_(func: Any, args: Any, kwargs: Any) -> Any:

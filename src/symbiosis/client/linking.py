@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from symbiosis.client.trace import Node
 from symbiosis.wire.chain import MAX_STEPS, PRODUCTS, Chain, Instruction, Step, pack_chain
 from symbiosis.wire.exchange import Op
@@ -19,21 +22,28 @@ from symbiosis.wire.views import Recipe
 Member = tuple[Op, int, Recipe, int]
 """A product: operation, weight, recipe, bias."""
 
+Start = tuple[Member, torch.Size, torch.dtype, torch.device]
+"""What a chain begins with: its first product, and of what input."""
+
 SENT = -1
 """In place of an output's index: the input that was sent."""
 
 
 class Event(NamedTuple):
-    """A product of the traced pass: the nodes of its input and result, its input's shape."""
+    """A product of the traced pass, and the nodes of its input and result."""
 
-    member: Member
+    start: Start
     input: int
     result: int
-    shape: tuple[int, ...]
+
+    @property
+    def member(self) -> Member:
+        return self.start[0]
 
     @property
     def rows(self) -> int:
-        return math.prod(self.shape if self.member[0] is Op.EMBEDDING else self.shape[:-1])
+        shape = self.start[1]
+        return math.prod(shape if self.member[0] is Op.EMBEDDING else shape[:-1])
 
 
 class Answer(NamedTuple):
@@ -57,9 +67,14 @@ class Ask(NamedTuple):
     widths: tuple[int, ...]  # of the outputs, which come side by side as one tensor
 
 
-def link(nodes: list[Node], events: list[Event]) -> dict[tuple[Member, tuple[int, ...]], Ask]:
-    """The chains of a pass, by their first product and the shape of its input. A product that
-    neither begins nor joins one is in none."""
+def start_of(member: Member, x: Tensor) -> Start:
+    """A chain that begins with ``member`` of ``x`` is asked for with such an input only."""
+    return member, x.shape, x.dtype, x.device
+
+
+def link(nodes: list[Node], events: list[Event]) -> dict[Start, Ask]:
+    """The chains of a pass, by what they begin with. A product that neither begins nor joins one is
+    in none."""
     segments = _segments(nodes, events)
     homes = _homes(nodes, segments)
     wanted: list[set[int]] = [set() for _ in segments]  # nodes that later segments take
@@ -73,7 +88,7 @@ def link(nodes: list[Node], events: list[Event]) -> dict[tuple[Member, tuple[int
         inputs = {event.input for event in segment}
         useful = len(inputs) > 1 or wanted[index]
         if ask is not None and useful and len(writer.steps) <= MAX_STEPS:
-            asks[segment[0].member, tuple(segment[0].shape)] = ask
+            asks[segment[0].start] = ask
     return dict(reversed(asks.items()))
 
 

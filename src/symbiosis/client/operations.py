@@ -19,6 +19,7 @@ from torch._prims_common import suggest_memory_format
 
 import symbiosis.client.lazy  # noqa: F401 - fills its part of the tables
 from symbiosis.client.remote_weight import ATEN, FUNCTIONS, PRODUCTS, RemoteWeight
+from symbiosis.client.session import is_backward
 from symbiosis.errors import UnsupportedOperation
 from symbiosis.wire.exchange import NO_BIAS, Op
 
@@ -53,7 +54,7 @@ class _InputGradient(torch.autograd.Function):
     def forward(ctx: Any, dy: Tensor, weight: RemoteWeight, op: Op) -> Tensor:
         ctx.weight, ctx.op = weight, op
         return weight._session.product(
-            op, dy, weight._weight, weight._recipe, NO_BIAS, forward=False
+            op, dy, weight._weight, weight._recipe, NO_BIAS, forward=False, recording=True
         )
 
     @staticmethod
@@ -122,7 +123,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return product(Op.LINEAR, input, weight, bias)
 
 
-def _matmul(input: Any, other: Any, **unusual: Any) -> Any:
+def _matmul(input: Any, other: Any = None, **unusual: Any) -> Any:
     if type(other) is not RemoteWeight or not other.is_matrix or type(input) is RemoteWeight:
         return NotImplemented
     if unusual or input.dim() < 2:
@@ -267,7 +268,16 @@ def _as_it_lies(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def _remote_matmul(op: Op, x: Tensor, weight: RemoteWeight) -> Tensor:
-    return weight._session.product(op, x, weight._weight, weight._recipe, NO_BIAS, forward=False)
+    backward = is_backward()
+    return weight._session.product(
+        op,
+        x,
+        weight._weight,
+        weight._recipe,
+        NO_BIAS,
+        forward=not backward,
+        recording=backward or torch.is_grad_enabled(),
+    )
 
 
 def _aten_mv(func: Any, args: Any, kwargs: Any) -> Any:
@@ -302,11 +312,13 @@ def _aten_baddbmm(func: Any, args: Any, kwargs: Any) -> Any:
     if isinstance(bias, RemoteWeight):
         return NotImplemented
     found = _aten_bmm(func, (a, b), {})
+    if found is NotImplemented:
+        return found
     return found * kwargs.get("alpha", 1) + bias * kwargs.get("beta", 1)
 
 
 def _aten_grouped_mm(func: Any, args: Any, kwargs: Any) -> Any:
-    x, weight, offsets, *rest = args
+    x, weight, offsets, *rest = (*args, None)[: max(3, len(args))]
     if not isinstance(weight, RemoteWeight) or isinstance(x, RemoteWeight) or any(rest):
         return NotImplemented
     if x.dim() != 2 or offsets is None or any(v is not None for v in kwargs.values()):

@@ -105,7 +105,6 @@ class PrivateSession(Session):
             if forward and together and not x.is_inference():
                 member = (op, weight, (), NO_BIAS)
                 return self._ahead.together(member, x, recording, self._send_forward)
-            recording = recording or not forward
             return self._covered(op, (weight,), x, forward, recording)[0]
 
     def lookup(self, ids: Tensor, weight: int, recipe: Recipe) -> Tensor:

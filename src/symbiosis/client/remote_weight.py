@@ -112,9 +112,12 @@ class RemoteWeight(Tensor):
         return RemoteWeight(self._session, self._weight, recipe, like, self.device)
 
     def cast(self, dtype: torch.dtype, device: torch.device) -> RemoteWeight:
-        """The same weight under another dtype or device; nothing is computed."""
+        """The same weight under another floating dtype or device; nothing is computed."""
         self._own = False
-        return RemoteWeight(self._session, self._weight, self._recipe, self._like.to(dtype), device)
+        like, recipe = self._like.to(dtype), self._recipe
+        if like.stride() != self._like.stride():  # a cast closes the gaps that a slice has left
+            like, recipe = like.contiguous(), (*recipe, View.CONTIGUOUS, 0)
+        return RemoteWeight(self._session, self._weight, recipe, like, device)
 
     def is_same_view(self, other: RemoteWeight) -> bool:
         """Are both the same numbers, in the same shape and dtype?"""
@@ -252,8 +255,11 @@ def _change(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             f"change the parameter itself, its .data or a .clone() of it, which becomes a local "
             f"tensor then"
         )
-    target.localise(f"an in-place {func.__name__}")
-    return func(target if target is weight else target.data, *args[1:], **kwargs)
+    if type(target) is RemoteWeight:
+        target.localise(f"an in-place {func.__name__}")
+    if target is not weight:  # the ``.data`` in the caller's hands stays an alias
+        weight.become(target.data)
+    return func(weight, *args[1:], **kwargs)
 
 
 def asker() -> str:

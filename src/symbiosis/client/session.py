@@ -38,7 +38,14 @@ from symbiosis.client.welcome import (
     vector_table,
     weight_table,
 )
-from symbiosis.errors import AuthenticationFailed, ConnectionLost, ProtocolError, SymbiosisError
+from symbiosis.errors import (
+    AuthenticationFailed,
+    ConnectionFailed,
+    ConnectionLost,
+    ProtocolError,
+    QuotaExceeded,
+    SymbiosisError,
+)
 from symbiosis.privacy.modes import Privacy, PrivacyReport, report_of
 from symbiosis.transport.channel import Channel
 from symbiosis.wire.exchange import NO_BIAS, Exchange, Op, Priority
@@ -112,9 +119,10 @@ class Session:
         self._identity: Identity | None = None
         self._verifier: Verifier | None = None
         self.welcome: Json = {}
+        self.borrowed: Borrowed | None = None
+        _sessions.add(self)
         first = self._open()
         self.welcome = first.welcome
-        self.borrowed: Borrowed | None = None
         try:
             self.weights = weight_table(self.welcome)
             self.vectors = vector_table(self.welcome)
@@ -217,14 +225,14 @@ class Session:
         """LINEAR or MATMUL of ``x`` (..., I) with a weight: (..., O), in x's dtype, on its device.
 
         ``forward`` marks a product whose siblings on the same input may be asked for with it;
-        ``recording`` that gradients are recorded (within an autograd function torch says no).
+        ``recording`` that gradients are recorded or computed, so that this is training (within an
+        autograd function and in a backward pass torch says no).
         """
         x = x.detach().contiguous()
         with self._lock:
             if forward and not recipe and not x.is_inference():  # those have no version
                 member = (op, weight, recipe, bias)
                 return self._ahead.product(member, x, recording, self._send_forward)
-            recording = recording or not forward
             return self._exchange(
                 op, (weight,), (bias,), recipe, (), (plain(x),), forward, recording
             )[0]
@@ -252,9 +260,11 @@ class Session:
     ) -> Tensor:
         """Any operation of the closed list on one weight; the result on the input's device."""
         detached = tuple(tensor.detach().contiguous() for tensor in tensors)
+        backward = is_backward()
+        recording = backward or torch.is_grad_enabled()
         with self._lock:
             return self._exchange(
-                op, (weight,), (bias,), recipe, params, detached, True, torch.is_grad_enabled()
+                op, (weight,), (bias,), recipe, params, detached, not backward, recording
             )[0]
 
     def fetch(self, weight: int, why: str) -> Tensor:
@@ -388,7 +398,7 @@ class Session:
 
         def again() -> T:
             try:
-                return ask(self._open())
+                return ask(self._reopen())
             except BaseException as failed:
                 self._after(failed)
                 raise
@@ -418,7 +428,21 @@ class Session:
                 channel.close()
                 raise
             self._channel, self._channel_pid = channel, os.getpid()
+            if self.borrowed is not None and channel.lent is not None:
+                self.borrowed.follow(channel.lent)
         return self._channel
+
+    def _reopen(self) -> Channel:
+        """As `_open`, after a connection was lost: a full house may be so by our own lost one."""
+        try:
+            return self._open()
+        except QuotaExceeded as error:
+            raise ConnectionFailed(str(error)) from error
+
+    def _after_fork(self) -> None:
+        """In the child: whatever thread was in an exchange is not here to leave it."""
+        self._lock = threading.RLock()
+        self._ahead.clear()
 
     def _known(self) -> Identity:
         assert self._identity is not None
@@ -428,6 +452,23 @@ class Session:
         if self._channel is not None and self._channel_pid == os.getpid():
             self._channel.close()
         self._channel = None
+
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _renew_after_fork() -> None:
+    for session in list(_sessions):
+        session._after_fork()
+
+
+os.register_at_fork(after_in_child=_renew_after_fork)
+
+
+def is_backward() -> bool:
+    """Are gradients being computed? (The recomputation of a checkpoint records: it is none.)"""
+    computing: bool = torch._C._current_graph_task_id() != -1
+    return computing and not torch.is_grad_enabled()
 
 
 def _remove(folder: Path, owner_pid: int) -> None:

@@ -115,7 +115,9 @@ def rows_of(spec: TensorSpec) -> int:
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
     """Ids (...) → (T,), activations (..., I) → (T, I)."""
-    return x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1)
+    if not x.is_floating_point():
+        return x.reshape(-1)
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # -1 would be no number for a width of 0
 
 
 def _input(spec: TensorSpec) -> _Value:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from symbiosis.errors import ConnectionLost, ProtocolError, SymbiosisError
+from symbiosis.errors import ConnectionLost, ExchangeFailed, ProtocolError, SymbiosisError
 from symbiosis.executor.bounds import FREE_BYTES, Bounds, Progress, Reading, Taken
 from symbiosis.executor.ops import Plan
 from symbiosis.executor.outbox import Outbox
@@ -163,21 +163,16 @@ class Connection:
             self._give_back(taken.memory_bytes)
             return
         self._in_flight -= 1
+        if not isinstance(outcome, SymbiosisError):
+            try:
+                parts = self._answered(request, outcome, places)
+                self._count(bytes_out=sum(map(len, parts)))
+                self._send(parts)
+            except Exception as error:
+                logger.error("client %s: an answer cannot be sent", self._client, exc_info=error)
+                outcome = ExchangeFailed(f"the result could not be sent: {error}")
         if isinstance(outcome, SymbiosisError):
             self._send([error_frame(request, outcome)])
-        else:
-            tensors = outcome.tensors
-            specs = tuple([spec_of(tensor) for tensor in tensors])
-            meta = pack_result(outcome, specs)
-            if places is not None:
-                assert self._arena is not None
-                tensors = self._arena.deliver(places, tensors)
-                specs = tuple([spec_of(tensor) for tensor in tensors])
-            if tensors and not tensors[0].is_cpu:
-                tensors = tuple(tensor.cpu() for tensor in tensors)
-            parts = exchange_parts(Kind.RESULT, request, meta, specs, tensors)
-            self._count(bytes_out=sum(map(len, parts)))
-            self._send(parts)
         if self._outbox.parts:
             self._unsent_bytes += taken.memory_bytes
         else:
@@ -185,6 +180,21 @@ class Connection:
         if self._held_back:
             self._server.resume(self)
         self._update_events()
+
+    def _answered(
+        self, request: int, result: Result, places: Places | None
+    ) -> list[bytes | memoryview]:
+        """A RESULT frame; what the client has places for is put there."""
+        tensors = result.tensors
+        specs = tuple([spec_of(tensor) for tensor in tensors])
+        meta = pack_result(result, specs)
+        if places is not None:
+            assert self._arena is not None
+            tensors = self._arena.deliver(places, tensors)
+            specs = tuple([spec_of(tensor) for tensor in tensors])
+        if tensors and not tensors[0].is_cpu:
+            tensors = tuple(tensor.cpu() for tensor in tensors)
+        return exchange_parts(Kind.RESULT, request, meta, specs, tensors)
 
     def look(self, bounds: Bounds, now_s: float) -> None:
         """End it if it is overdue; ``now_s`` counts only time in which sockets were looked
@@ -283,8 +293,11 @@ class Connection:
             self._progress.frames += 1
             if isinstance(frame, Rejected):
                 self._refuse(frame)
-            else:
-                self._handle(frame)
+                continue
+            self._handle(frame)
+            if frame.kind is Kind.REQUEST:  # some take long: the others come first
+                self._server.resume(self)
+                break
         self._update_events()
 
     def _is_over_quota(self, account: Account) -> bool:
@@ -303,6 +316,7 @@ class Connection:
         elif not self._server.take(self, memory_bytes):
             self._held_back = True
             raise Postponed
+        self._arriving = Taken(0, memory_bytes)  # to be given back if the account has no room
         if self.account is not None:
             input_bytes = offsets(exchange.specs)[1]
             self.account.begin(input_bytes, plan.rows, self._server.engine.clock())
@@ -393,12 +407,16 @@ class Connection:
             assert self._arena is not None
             tensors = self._arena.inputs(places, exchange.specs, tensors)
             place = functools.partial(self._arena.place, places)
-        self._server.engine.submit(
-            self._client,
-            exchange._replace(tensors=tensors, place=place),
-            plan,
-            lambda outcome: self._server.reply(self, frame.request, outcome, places, taken),
-        )
+        try:
+            self._server.engine.submit(
+                self._client,
+                exchange._replace(tensors=tensors, place=place),
+                plan,
+                lambda outcome: self._server.reply(self, frame.request, outcome, places, taken),
+            )
+        except BaseException:
+            self._arriving = taken  # nobody will answer it
+            raise
 
     def _request(self, frame: Frame) -> None:
         assert self._client is not None

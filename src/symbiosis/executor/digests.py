@@ -32,11 +32,27 @@ class ModelDigest:
         self._error: SymbiosisError | None = None
         self._done = threading.Event()
         self._begun = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
 
     def start(self) -> None:
         """Begin, if nobody has; in the process that serves, for a fork loses the threads."""
         if self._begun.acquire(blocking=False):
-            threading.Thread(target=self._compute, name="symbiosis-digest", daemon=True).start()
+            self._thread = threading.Thread(
+                target=self._compute, name="symbiosis-digest", daemon=True
+            )
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End what is under way, and wait for that: a thread within torch when the interpreter ends
+        would abort the process. It can be begun anew."""
+        self._stopping = True
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if not self._done.is_set():
+                self._begun.release()
+        self._stopping = False
 
     @property
     def ready(self) -> str | None:
@@ -66,25 +82,32 @@ class ModelDigest:
     def _compute(self) -> None:
         started = time.monotonic()
         try:
-            self._entries = _entries(self._weights)
+            self._entries = self._hashed()
+        except _Stopped:
+            return
         except (RuntimeError, MemoryError) as error:  # handed to whoever asks
             self._error = SymbiosisError(f"the model's digest could not be computed: {error}")
             logger.error("%s", self._error)
         self._done.set()
         logger.debug("digest computed in %.1f s", time.monotonic() - started)
 
+    def _hashed(self) -> dict[str, str]:
+        weights = self._weights
+        found = {f"file:{name}": bytes_digest(data) for name, data in weights.files.items()}
+        for name in sorted(weights.stored & weights.shipped.keys()):
+            found[f"parameter:{name}"] = tensor_digest(weights.shipped[name])
+        with ThreadPoolExecutor(_THREADS, "symbiosis-digest") as pool:
+            hosted = list(weights)
+            for weight, digest in zip(hosted, pool.map(self._of_weight, hosted), strict=True):
+                found[f"weight:{weight.names[0]}"] = digest
+        return found
 
-def _entries(weights: Weights) -> dict[str, str]:
-    found = {f"file:{name}": bytes_digest(data) for name, data in weights.files.items()}
-    for name in sorted(weights.stored & weights.shipped.keys()):
-        found[f"parameter:{name}"] = tensor_digest(weights.shipped[name])
-    with ThreadPoolExecutor(_THREADS, "symbiosis-digest") as pool:
-        hosted = list(weights)
-        for weight, digest in zip(hosted, pool.map(_of_weight, hosted), strict=True):
-            found[f"weight:{weight.names[0]}"] = digest
-    return found
+    def _of_weight(self, weight: HostedWeight) -> str:
+        """Of a quantised weight: of the numbers that it stands for."""
+        if self._stopping:
+            raise _Stopped
+        return tensor_digest(weight.dense())
 
 
-def _of_weight(weight: HostedWeight) -> str:
-    """Of a quantised weight: of the numbers that it stands for."""
-    return tensor_digest(weight.dense())
+class _Stopped(Exception):
+    """Nobody wants the digest any more."""

@@ -7,6 +7,7 @@ lends its own. Knows no sockets.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -58,6 +59,7 @@ class Engine:
         self._scheduler = scheduler
         self._max_result_bytes = max_result_bytes
         self._pending: dict[int, _Pending] = {}
+        self._unanswered: dict[int, _Pending] = {}  # of the batch that is being computed
         self._pieces: dict[int, batch.Pieces] = {}  # of requests computed in part
         self._accounts: dict[int, Account] = {}  # of clients that belong to a tenant
         self._tenants: dict[str | None, Account] = {}  # the same, and of clients that have left
@@ -191,11 +193,12 @@ class Engine:
 
     @property
     def waiting(self) -> bool:
-        """Is there anything to compute, now or later?"""
-        return bool(self._pending)
+        """Is there anything to compute, now or later, or being computed?"""
+        return bool(self._pending or self._unanswered)
 
     def run_once(self) -> bool:
-        """Compute the next batch, if the scheduler has one to run now."""
+        """Compute the next batch, if the scheduler has one to run now. Whatever goes wrong,
+        everybody in it is answered."""
         with self._device_lock:
             started_s = self.clock()
             with self._queue_lock:
@@ -204,39 +207,60 @@ class Engine:
                     return False
                 take = self._pending.pop if chosen.completes else self._pending.__getitem__
                 pendings = [take(request.id) for request in chosen.requests]
-                pieces = self._pieces_of(chosen, pendings[0]) if chosen.is_piece else None
-            if pieces is None:
-                members = [pending.walk or pending.exchange for pending in pendings]
-                results = self._compute(members)
-                now_s = self.clock()
-                spent_s = now_s - started_s
-            else:
-                results = self._compute_piece(chosen, pieces)
-                now_s = self.clock()
-                pieces.elapsed_s += now_s - started_s
-                spent_s = pieces.elapsed_s
-            walking: list[tuple[Request, _Pending]] = []
-            for request, pending, found in zip(chosen.requests, pendings, results, strict=False):
-                if (walk := pending.walk) is not None:
-                    walk.walked(len(pendings), spent_s)
-                if found is None:
-                    walking.append((request, pending))
-                elif isinstance(found, SymbiosisError):
-                    pending.reply(found)
-                elif walk is not None:
-                    pending.reply(
-                        _result(
-                            found, walk.arrived_s, now_s, walk.elapsed_s, round(walk.mean_batch)
-                        )
-                    )
-                else:
-                    pending.reply(_result(found, request.arrived_s, now_s, spent_s, len(pendings)))
-            self._account(
-                chosen, pendings, [request.id for request, _ in walking], started_s, now_s
-            )
-            if walking:
-                self._walk_on(walking, now_s)
+                for request, pending in zip(chosen.requests, pendings, strict=True):
+                    self._unanswered[request.id] = pending
+            try:
+                self._run(chosen, pendings, started_s)
+            except BaseException as error:
+                self._abandon(chosen)
+                if not isinstance(error, Exception):  # an interrupted client of this process
+                    raise
+                logger.error("internal error in a batch of %s", chosen, exc_info=error)
+            finally:
+                self._unanswered.clear()
         return True
+
+    def _run(self, chosen: Batch, pendings: list[_Pending], started_s: float) -> None:
+        """Compute a batch and answer it."""
+        if chosen.is_piece:
+            results, spent_s = self._compute_piece(chosen, pendings[0], started_s)
+            now_s = self.clock()
+        else:
+            members = [pending.walk or pending.exchange for pending in pendings]
+            results = self._compute(members)
+            now_s = self.clock()
+            spent_s = now_s - started_s
+        walking: list[tuple[Request, _Pending]] = []
+        for request, pending, found in zip(chosen.requests, pendings, results, strict=False):
+            if (walk := pending.walk) is not None:
+                walk.walked(len(pendings), spent_s)
+            if found is None:
+                walking.append((request, pending))
+            elif isinstance(found, SymbiosisError):
+                self._answer(request, found)
+            elif walk is not None:
+                size = round(walk.mean_batch)
+                self._answer(request, _result(found, walk.arrived_s, now_s, walk.elapsed_s, size))
+            else:
+                answer = _result(found, request.arrived_s, now_s, spent_s, len(pendings))
+                self._answer(request, answer)
+        self._account(chosen, pendings, [request.id for request, _ in walking], started_s, now_s)
+        if walking:
+            self._walk_on(walking, now_s)
+
+    def _answer(self, request: Request, outcome: Result | SymbiosisError) -> None:
+        self._unanswered.pop(request.id).reply(outcome)
+
+    def _abandon(self, chosen: Batch) -> None:
+        """Of a batch that has failed in a way that should not happen, nothing goes on."""
+        with self._queue_lock:
+            for request in chosen.requests:
+                self._pieces.pop(request.id, None)
+                if self._pending.pop(request.id, None) is not None:
+                    self._scheduler.withdraw(request)
+        for pending in self._unanswered.values():
+            with contextlib.suppress(Exception):
+                pending.reply(ExchangeFailed("internal error in the executor; its log says more"))
 
     def wait_s(self) -> float | None:
         """Seconds until a held batch is released; None when nothing waits."""
@@ -295,16 +319,16 @@ class Engine:
 
     def _walk_on(self, walking: list[tuple[Request, _Pending]], now_s: float) -> None:
         """Chains go on to their next product, unless a client has gone meanwhile."""
-        gone = []
+        gone: list[Request] = []
         with self._queue_lock:
             for request, pending in walking:
                 assert pending.walk is not None
                 if self._scheduler.resume(request._replace(key=pending.walk.key, arrived_s=now_s)):
-                    self._pending[request.id] = pending
+                    self._pending[request.id] = self._unanswered.pop(request.id)
                 else:
-                    gone.append(pending)
-        for pending in gone:
-            pending.reply(_left())
+                    gone.append(request)
+        for request in gone:
+            self._answer(request, _left())
 
     def _pieces_of(self, chosen: Batch, pending: _Pending) -> batch.Pieces:
         number = chosen.requests[0].id
@@ -314,19 +338,27 @@ class Engine:
         return pieces
 
     def _compute_piece(
-        self, chosen: Batch, pieces: batch.Pieces
-    ) -> list[tuple[torch.Tensor, ...] | SymbiosisError | None]:
-        """Nothing yet, or with the last piece the whole result; a failure ends it at once."""
+        self, chosen: Batch, pending: _Pending, started_s: float
+    ) -> tuple[list[tuple[torch.Tensor, ...] | SymbiosisError | None], float]:
+        """Nothing yet, or with the last piece the whole result; a failure ends it at once. Also the
+        seconds that all pieces took so far."""
+        with self._queue_lock:
+            pieces = self._pieces_of(chosen, pending)
         (found,) = self._compute([pieces.exchange(chosen.start, chosen.start + chosen.rows)])
         if isinstance(found, tuple):
-            pieces.add(chosen.start, found)
-            return [pieces.results()] if chosen.completes else []
+            try:
+                pieces.add(chosen.start, found)
+            except _FAILURES as error:  # no memory for the whole result
+                found = ExchangeFailed(f"{pending.exchange.op.name.lower()} failed: {error}")
+        pieces.elapsed_s += self.clock() - started_s
+        if isinstance(found, tuple):
+            return ([pieces.results()] if chosen.completes else []), pieces.elapsed_s
         with self._queue_lock:
             number = chosen.requests[0].id
             self._scheduler.withdraw(chosen.requests[0])
             self._pieces.pop(number, None)
-            self._pending.pop(number, None)
-        return [found]
+            waits = self._pending.pop(number, None) is not None or chosen.completes
+        return ([found] if waits else []), pieces.elapsed_s  # its client may have left meanwhile
 
     def _account(
         self,

@@ -200,6 +200,7 @@ class Executor:
             self._server.stop()
             self._ended.wait()
             self._server = None
+        self.digest.stop()
 
     def __enter__(self) -> Executor:
         return self
@@ -222,7 +223,8 @@ class Executor:
         """
         if hello.get("protocol") != VERSION:
             raise ProtocolError(
-                f"the client speaks protocol {hello.get('protocol')}, this executor {VERSION}: "
+                f"the client speaks protocol {ascii(hello.get('protocol'))[:32]}, this executor "
+                f"{VERSION}: "
                 f"use the same release on both sides"
             )
         pid = hello.get("pid")
@@ -289,11 +291,13 @@ class Executor:
         """The answer to a REQUEST. Raises RequestRefused, FetchRefused, UnknownWeight,
         ProtocolError."""
         asked = question.get("get")
+        if not isinstance(asked, str):
+            raise ProtocolError(f"unknown request {ascii(asked)[:64]}: not text")
         tenant = self._tenant_of(client)
         free = asked in ("weight", "digest")  # the one has a policy of its own, all need the other
         if tenant is not None and not free and asked not in tenant.requests:
             raise RequestRefused(
-                f"tenant {tenant.name} may not ask for {str(asked)[:64]!r} here; what it may is "
+                f"tenant {tenant.name} may not ask for {asked[:64]!r} here; what it may is "
                 f"for the operator to say, in the key store"
             )
         match asked:
@@ -314,7 +318,7 @@ class Executor:
             case "ring":
                 facts, scales = describe(self.weights, question.get("bits"))
                 return facts, _payload(scales)
-        raise ProtocolError(f"unknown request {str(question.get('get'))[:64]!r}")
+        raise ProtocolError(f"unknown request {asked[:64]!r}")
 
     # What the operator asks; see `Administration`. Called in the server's thread.
 

@@ -20,10 +20,15 @@ from symbiosis.executor import chain, ring
 from symbiosis.executor.few_rows import Linear
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Exchange, Op
-from symbiosis.wire.tensors import ITEM_BYTES
+from symbiosis.wire.tensors import ITEM_BYTES, MAX_DIMS, MOST_IN_DIM
+from symbiosis.wire.views import MOST_COPIED
 
 _INTEGERS = (torch.int64, torch.int32)
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_CONVOLUTIONS = (Op.CONVOLUTION, Op.CONVOLUTION_INPUT_GRAD)
+
+_WITHOUT_PARAMS = (Op.LINEAR, Op.MATMUL, Op.GROUPED_MATMUL, Op.EMBEDDING)
 
 _MOST_ELEMENTS = 1 << 48  # counting dimensions of 0 as 1, so that strides cannot overflow
 
@@ -48,8 +53,12 @@ def check(exchange: Exchange, weights: Weights) -> Plan:
         _check_sizes(exchange)
         return Plan(*ring.check(exchange, weights), exchange.op is not Op.RING_MASK)
     _check_tensors(exchange)
+    _check_params(exchange)
     views = [weights.like(weight, exchange.recipe) for weight in exchange.weights]
     shapes = [_result_shape(exchange, view) for view in views]
+    for weight, view, shape in zip(exchange.weights, views, shapes, strict=True):
+        _check_result(exchange, shape)
+        _check_copy(exchange, weights[weight].tensor, view)
     for bias, shape in zip(exchange.biases, shapes, strict=True):
         if bias != NO_BIAS:
             _check_bias(exchange, weights, bias, shape)
@@ -123,6 +132,33 @@ def _check_bias(
     channels = -1 if last else 1
     if weights.vector(bias).shape[0] != result_shape[channels]:
         raise InvalidInput(f"bias {bias} does not fit a result of shape {list(result_shape)}")
+
+
+def _check_params(exchange: Exchange) -> None:
+    """None where an operation takes none: they are part of what exchanges are joined and remembered
+    by. Raises ProtocolError."""
+    if exchange.params and exchange.op in _WITHOUT_PARAMS:
+        raise ProtocolError(f"{exchange.op.name.lower()} takes no parameters")
+
+
+def _check_result(exchange: Exchange, shape: tuple[int, ...]) -> None:
+    if len(shape) > MAX_DIMS or any(dim > MOST_IN_DIM for dim in shape):
+        raise InvalidInput(
+            f"{exchange.op.name.lower()} of input {exchange.specs[0]} has a result of shape "
+            f"{list(shape)}, which cannot travel: {MAX_DIMS} dimensions of {MOST_IN_DIM} at most"
+        )
+
+
+def _check_copy(exchange: Exchange, weight: torch.Tensor, view: torch.Tensor) -> None:
+    """A kernel copies an operand whose rows and columns both have gaps, or lie on one another: not
+    more of it than `View.CONTIGUOUS` may."""
+    if view.numel() <= max(weight.numel(), MOST_COPIED):
+        return
+    if exchange.op in _CONVOLUTIONS or 1 not in view.stride()[-2:]:
+        raise InvalidInput(
+            f"{exchange.op.name.lower()} on a view of {list(view.shape)} would copy a weight of "
+            f"{list(weight.shape)}, {view.numel()} elements; at most {MOST_COPIED}"
+        )
 
 
 def _check_sizes(exchange: Exchange) -> None:

@@ -60,10 +60,10 @@ class Rhythm:
         self.answered_s: float | None = None  # None: its exchange waits or is being computed
         self.at_start = False
         self._gap, self._pause = Recent(32), Recent(16)
-        self._anchor: Hashable = None
+        self._anchor: int | None = None  # keys are kept as their hashes
         self._anchor_opens = False
-        self._positions: dict[Hashable, int] = {}  # in the last whole token
-        self._keys: dict[Hashable, int] = {}  # in this token
+        self._positions: dict[int, int] = {}  # in the last whole token
+        self._keys: dict[int, int] = {}  # in this token
         self._length = _LONGEST_TOKEN
         self._step = 0  # exchanges of this token before the present one
         self._position = 0  # of the present exchange in the last whole token
@@ -77,6 +77,7 @@ class Rhythm:
         """It has sent an exchange; ``opens`` hints that a token starts with it. It had not come
         yet when the executor last looked, at ``looked_s``, before a batch. ``walks``: it has not
         been sent, but follows in the executor from the one before."""
+        key = hash(key)  # which may be long, and clients choose it
         self.at_start = self._starts(key, opens)
         if self.answered_s is not None and not walks:
             self._observe_gap(now_s - self.answered_s, looked_s - self.answered_s)
@@ -106,7 +107,7 @@ class Rhythm:
 
     def steps_to(self, key: Hashable) -> int | None:
         """How many exchanges it will send before one with ``key``; None: it sends none such."""
-        position = self._positions.get(key)
+        position = self._positions.get(hash(key))
         return None if position is None else (position - self._position - 1) % self._length
 
     def reaches_s(self, steps: int, now_s: float) -> float:
@@ -119,7 +120,7 @@ class Rhythm:
     def _next_gap(self) -> Recent:
         return self._pause if self._position + 1 >= self._length else self._gap
 
-    def _starts(self, key: Hashable, opens: bool) -> bool:
+    def _starts(self, key: int, opens: bool) -> bool:
         if key == self._anchor:
             return True
         # A lookup that was the anchor may have become part of a chain, which then opens.

@@ -43,7 +43,8 @@ def offer(weights: Weights, bits: tuple[int, ...]) -> None:
         if each not in _BITS:
             raise ModelError(f"masked exchanges have weights of 8 or 16 bits, not {each}")
         started_s = time.monotonic()
-        weights.ring[each] = {w.id: _quantised(w, each) for w in weights if w.axis is not None}
+        table = {w.id: _quantised(w, each) for w in weights if w.axis is not None}
+        weights.ring[each], weights.ring_facts[each] = table, _facts(each, table)
         logger.info(
             "masked exchanges with %d-bit weights: %d matrices in %.1f s",
             each,
@@ -65,9 +66,14 @@ def describe(weights: Weights, bits: object) -> tuple[Json, bytes]:
 
     Raises ProtocolError.
     """
-    table = weights.ring.get(bits if isinstance(bits, int) else 0)
-    if table is None:
+    found = weights.ring_facts.get(bits if isinstance(bits, int) else 0)
+    if found is None:
         raise ProtocolError(not_offered(weights, bits))
+    return found
+
+
+def _facts(bits: int, table: dict[int, RingWeight]) -> tuple[Json, bytes]:
+    """See `describe`: made once, for it hashes all of the weights."""
     facts: list[Json] = [
         {"id": id, "axis": w.axis, "digest": w.digest(), "norms": list(w.norms)}
         for id, w in table.items()
@@ -78,7 +84,7 @@ def describe(weights: Weights, bits: object) -> tuple[Json, bytes]:
 
 def not_offered(weights: Weights, bits: object) -> str:
     """What to tell a client that asks for more than there is."""
-    offered, asked = " and ".join(map(str, weights.ring)) or "none", str(bits)[:32]
+    offered, asked = " and ".join(map(str, weights.ring)) or "none", ascii(bits)[:32]
     return (
         f"this executor does not offer masked exchanges with {asked}-bit weights (offered: "
         f"{offered}); ask its operator to serve with --masked {asked}, or connect with another "

@@ -94,6 +94,7 @@ class Server:
         self._strangers: dict[Connection, None] = {}  # have not greeted; the oldest first
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
+        self._waker.setblocking(False)  # full, it has woken us already
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._from_other_threads: deque[tuple[Connection, Answer]] = deque()
         self._resumable: set[Connection] = set()
@@ -145,14 +146,14 @@ class Server:
             while self.engine.waiting:  # what is held for others is not held now
                 if not self.engine.run_once():
                     time.sleep(self.engine.wait_s() or 0)
+            self._pass_on_answers()
         finally:
             self._close_all()
 
     def stop(self) -> None:
         """Ask `run` to finish; from any thread."""
         self._stopping = True
-        with contextlib.suppress(OSError):  # it has stopped already
-            self._waker.send(b"\0")
+        self._wake()
 
     def reply(
         self,
@@ -168,7 +169,7 @@ class Server:
         else:
             answer = (request, outcome, places, taken)
             self._from_other_threads.append((connection, answer))
-            self._waker.send(b"\0")
+            self._wake()
 
     def resume(self, connection: Connection) -> None:
         """A connection that held frames back can take them now."""
@@ -234,9 +235,7 @@ class Server:
                 self._accept(key.data)
             else:
                 self._drain_waker()
-        while self._from_other_threads:
-            connection, answer = self._from_other_threads.popleft()
-            connection.answer(*answer)
+        self._pass_on_answers()
         if self._guard is not None:
             self._look_after_tenants(self._guard)
         if self._resumable:
@@ -245,6 +244,16 @@ class Server:
                 connection.resume()
         if self.engine.clock() - self._looked_at_s >= self._look_s:
             self._look_after_connections()
+
+    def _pass_on_answers(self) -> None:
+        """Those that other threads have computed."""
+        while self._from_other_threads:
+            connection, answer = self._from_other_threads.popleft()
+            connection.answer(*answer)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # awake it is, or it has stopped already
+            self._waker.send(b"\0")
 
     def _wait_s(self) -> float | None:
         """How long nothing has to be done unless something comes in."""

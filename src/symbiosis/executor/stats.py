@@ -4,6 +4,7 @@ never payloads."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,6 +78,7 @@ class Stats:
         self.row_rate = RateMeter()
         self.compute_s = 0.0
         self.clients_seen = 0
+        self._memory = (-math.inf, 0)  # when it was looked at, and what it was
 
     def batch_ran(
         self, size: int, answered: Sequence[Op], rows: int, now_s: float, compute_s: float
@@ -102,8 +104,14 @@ class Stats:
             "batch_sizes": {str(size): count for size, count in sorted(self.batches.items())},
             "operations": {op.name.lower(): count for op, count in self.operations.items()},
             "compute_s": self.compute_s,
-            "memory_bytes": resident_bytes(),
+            "memory_bytes": self._memory_bytes(now_s),
         }
+
+    def _memory_bytes(self, now_s: float) -> int:
+        """Looked at once a second at most: the system goes through all of the process's pages."""
+        if now_s - self._memory[0] >= 1:
+            self._memory = now_s, resident_bytes()
+        return self._memory[1]
 
 
 def resident_bytes() -> int:

@@ -32,6 +32,7 @@ from symbiosis.executor.quantized import QuantizedMatrix, Scheme
 from symbiosis.privacy.ring import RingWeight
 from symbiosis.transport import device_memory
 from symbiosis.transport.lent import Lender
+from symbiosis.wire.frames import Json
 from symbiosis.wire.tensors import ALIGNMENT
 from symbiosis.wire.views import Recipe, look
 
@@ -41,6 +42,8 @@ LARGE = 1 << 20
 """A parameter of two or more dimensions and this many elements is hosted whoever owns it."""
 
 _PRODUCT_MODULES = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, Conv1D)
+
+_RELEASES = (("malloc_trim", 0), ("MallocExtension_ReleaseFreeMemory",), ("mi_collect", True))
 
 _CLIENT_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
@@ -120,10 +123,17 @@ class Weights:
         self.vector_ids: dict[str, int] = {}
         self.shipped: dict[str, torch.Tensor] = {}
         self.ring: dict[int, dict[int, RingWeight]] = {}  # by bits, by id; see `executor.ring`
+        self.ring_facts: dict[
+            int, tuple[Json, bytes]
+        ] = {}  # by bits: what clients are told of them
         self.stored = frozenset(model.state_dict())  # not what is computed while it is built
         self.device = device or next(model.parameters()).device
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._unpacking = torch.empty(0)
+        if lend and quantize is not None and self.device.type != "cpu":
+            raise ModelError(
+                "on a GPU a quantised base is not lent: leave out --lend or --quantize"
+            )
         self.lender = _lender(model, self.device) if lend else None
         self._take(model)
         if self.lender is not None:
@@ -347,10 +357,14 @@ def _seal(lender: Lender) -> None:
 
 
 def _give_memory_back() -> None:
-    """The dense model has gone, but the allocator keeps its pages unless it is told not to."""
+    """The dense model has gone, but the allocator keeps its pages unless it is told not to: that of
+    glibc, or tcmalloc or mimalloc if one is preloaded."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # other systems than glibc's
-        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        library = ctypes.CDLL(None)
+        for name, *arguments in _RELEASES:
+            with contextlib.suppress(AttributeError):
+                getattr(library, name)(*arguments)
 
 
 def _output_dim(module: nn.Module) -> int | None:

@@ -19,9 +19,12 @@ from symbiosis.wire.frames import Json
 ALIGNMENT = 512
 """Of a tensor in a block: that of torch's CUDA allocator, by which kernels are chosen."""
 
-_GRANULARITY = 2 << 20
-"""CUDA's allocator hands out whole pieces of that size, and an IPC handle opens the whole piece:
-so that nothing else of this process lies in it."""
+_GRANULARITY, _LEAST_BYTES = 2 << 20, 10 << 20
+"""torch's CUDA allocator takes a piece of memory for each request of 10 MiB or more, rounded to
+2 MiB; smaller ones share theirs. An IPC handle opens the whole piece: it holds nothing else."""
+
+_COUNTERS = 10_000
+"""In torch's file of counters, 8 bytes each."""
 
 _COUNTER = re.compile(rb"/torch_\d+_\d+_\d+")
 """torch's name of the file in which it counts who has a block. It is written to, so that no other
@@ -32,13 +35,14 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
     """A block of at least ``num_bytes``, uint8 (n,), not cleared, to itself in memory. Raises
     torch.OutOfMemoryError."""
     rounded = -(-num_bytes // _GRANULARITY) * _GRANULARITY
-    return torch.empty(rounded, dtype=torch.uint8, device=device)
+    return torch.empty(max(_LEAST_BYTES, rounded), dtype=torch.uint8, device=device)
 
 
 def share(block: torch.Tensor) -> Json:
     """What other processes of this host need to `attach` ``block``, which must live for as long as
-    they have it. Not while another thread computes with it. Raises RuntimeError where the device
-    cannot share."""
+    they have it. Not while another thread computes with it. torch's count of who has it is meant
+    for one receiver and wrong with several, so that torch frees the block when this process ends.
+    Raises RuntimeError where the device cannot share."""
     storage = block.untyped_storage()
     if block.device.type == "cpu":
         manager, name, num_bytes = storage._share_filename_cpu_()
@@ -83,7 +87,7 @@ def attach(shared: Json, device: torch.device) -> torch.Tensor:
 
 def _opened(shared: dict[str, Any], device: torch.device, num_bytes: int) -> torch.UntypedStorage:
     counter, counter_offset = shared["counter"]
-    if not _COUNTER.fullmatch(_data(counter)):
+    if not _COUNTER.fullmatch(_data(counter)) or _number(counter_offset) >= _COUNTERS:
         raise ValueError("that is no counter of torch's")
     event = shared["event"]
     torch.cuda.init()  # type: ignore[no-untyped-call]
@@ -94,7 +98,7 @@ def _opened(shared: dict[str, Any], device: torch.device, num_bytes: int) -> tor
         num_bytes,
         _number(shared["offset"]),
         _data(counter),
-        _number(counter_offset),
+        counter_offset,
         b"" if event is None else _data(event),
         event is not None,
     )

@@ -128,6 +128,11 @@ class SocketChannel:
         self._socket.settimeout(silence_s)
 
     def exchange(self, exchange: Exchange) -> Result:
+        if offsets(exchange.specs)[1] > self._max_payload_bytes:
+            raise InvalidInput(
+                f"an input of {', '.join(map(str, exchange.specs))} exceeds the executor's limit "
+                f"of {self._max_payload_bytes} bytes: use a smaller batch or shorter sequences"
+            )
         self._request += 1
         meta = pack_exchange(exchange)
         tensors, specs, kind = exchange.tensors, exchange.specs, Kind.EXCHANGE
@@ -140,11 +145,6 @@ class SocketChannel:
         if tensors and not tensors[0].is_cpu:
             tensors = tuple(tensor.cpu() for tensor in tensors)
         parts = exchange_parts(kind, self._request, meta, specs, tensors)
-        if sum(map(len, parts)) - len(parts[0]) > self._max_payload_bytes:
-            raise InvalidInput(
-                f"an input of {', '.join(map(str, exchange.specs))} exceeds the executor's limit "
-                f"of {self._max_payload_bytes} bytes: use a smaller batch or shorter sequences"
-            )
         self._send(parts)
         try:
             frame = self._expect(Kind.RESULT)

@@ -89,7 +89,7 @@ def unpack_chain(params: tuple[int, ...]) -> Chain:
     """Inverse of `pack_chain`; raises ProtocolError. What the steps refer to is not checked."""
     count = params[0] if params else 0
     end = 1 + 5 * count
-    if not 0 < count <= MAX_STEPS or len(params) <= end:
+    if not 0 < count <= MAX_STEPS or not end < len(params) <= end + MAX_STEPS:
         raise ProtocolError(f"a chain of {count} steps in {len(params)} numbers")
     steps = []
     for at in range(1, end, 5):

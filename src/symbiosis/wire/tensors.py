@@ -19,6 +19,7 @@ ALIGNMENT = 64
 torch's own allocator, so that a kernel sees the alignment it would see in one process."""
 
 MAX_DIMS = 8
+MOST_IN_DIM = 0xFFFFFFFF
 
 _CPU = torch.device("cpu")
 """Said aloud, for the caller may have set another default."""
