@@ -49,6 +49,17 @@ ENDING: dict[str, Make] = {
     "malformed recipe": lambda base: raw.frame(
         raw.EXCHANGE, 1, linear(base, recipe=(1, 7)), rows_of(1.0)
     ),
+    "parameters of a product": lambda base: raw.frame(
+        raw.EXCHANGE, 1, linear(base, params=(1, 2)), rows_of(1.0)
+    ),
+    "more outputs of a chain than it has values": lambda base: raw.frame(
+        raw.EXCHANGE,
+        1,
+        raw.exchange_meta(
+            raw.CHAIN, weight(base, QUERY), (1, 32), params=(1, 1, 0, 0, 0, 0, *[0] * 300)
+        ),
+        rows_of(1.0, 1),
+    ),
     "request with a payload": lambda base: raw.frame(raw.REQUEST, 1, b"{}", b"x"),
     "garbage": lambda base: b"\r\n\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
 }
@@ -88,6 +99,37 @@ REFUSED: dict[str, tuple[str, Make]] = {
             raw.exchange_meta(
                 raw.EMBEDDING, weight(base, EMBED), (0xFFFFFFFF,) * 7 + (0,), dtype=raw.INT32
             ),
+        ),
+    ),
+    "a result of nine dimensions": (
+        "invalid-input",
+        lambda base: raw.frame(
+            raw.EXCHANGE,
+            7,
+            raw.exchange_meta(raw.EMBEDDING, weight(base, EMBED), (1,) * 8, dtype=raw.INT64),
+            bytes(8),
+        ),
+    ),
+    "view of a weight that a kernel would copy": (
+        "invalid-input",
+        lambda base: raw.frame(
+            raw.EXCHANGE,
+            7,
+            raw.exchange_meta(
+                raw.LINEAR,
+                weight(base, UP),
+                (1, 1 << 20),
+                recipe=(4, 4, 1, 0, 1, 1, 8, 2, 64, 1 << 20),
+            ),
+            bytes(4 << 20),
+        ),
+    ),
+    "weight without columns": (
+        "",
+        lambda base: raw.frame(
+            raw.EXCHANGE,
+            7,
+            raw.exchange_meta(raw.LINEAR, weight(base, UP), (100, 0), recipe=(4, 4, 1, 0, 0, 1)),
         ),
     ),
     "wrong dtype": (

@@ -18,7 +18,6 @@ from symbiosis.errors import (
     FetchRefused,
     InvalidInput,
     ProtocolError,
-    SymbiosisError,
 )
 from symbiosis.wire.exchange import NO_BIAS, Exchange, Op, Result
 from symbiosis.wire.frames import Json
@@ -143,12 +142,16 @@ def test_a_refused_exchange_leaves_the_session_usable(session: Session, executor
     assert torch.equal(product(session, executor, x), expected(executor, x))
 
 
+@pytest.mark.parametrize("tcp", [False, True])  # by the arena, and all in one payload
 def test_an_input_over_the_executors_limit_is_told_so(
-    serve: Callable[..., tuple[Executor, str]],
+    serve: Callable[..., tuple[Executor, str]], tcp: bool
 ) -> None:
-    executor, url = serve(tiny.llama(), max_payload_bytes=1 << 16)
-    with connect(url) as session, pytest.raises(SymbiosisError, match="65536"):
-        product(session, executor, torch.randn(1 << 16, 32))
+    executor, url = serve(tiny.llama(), tcp=tcp, max_payload_bytes=1 << 16)
+    with connect(url) as session:
+        with pytest.raises(InvalidInput, match="65536 bytes: use a smaller batch"):
+            product(session, executor, torch.randn(1 << 16, 32))
+        x = torch.randn(2, 32)
+        assert torch.equal(product(session, executor, x), expected(executor, x))
 
 
 def test_a_session_finds_a_restarted_executor_again(

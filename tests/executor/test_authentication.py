@@ -28,6 +28,7 @@ from symbiosis.errors import (
     RequestRefused,
 )
 from symbiosis.executor import keystore
+from symbiosis.executor.bounds import Bounds
 from symbiosis.executor.weights import Weights
 
 IDS = torch.tensor([[1, 2, 3]])
@@ -328,6 +329,22 @@ def test_executor_time_runs_out_for_one_tenant_only(
         with pytest.raises(QuotaExceeded):  # nor is anything else handed out
             ann.fetch(1, "the test")
         assert bob.lookup(IDS, 1, ()).shape == (1, 3, 32)
+
+
+def test_what_is_refused_for_want_of_time_gives_its_memory_back(
+    guarded: Guarded, start: Callable[..., Executor]
+) -> None:
+    guarded.grant(ann={"executor_s_per_hour": 1e-9})
+    executor = start(bounds=Bounds(memory_bytes=1 << 20))
+    assert executor._server is not None
+    with guarded.connect(guarded.ann) as ann, guarded.connect(guarded.bob) as bob:
+        with contextlib.suppress(QuotaExceeded):
+            ann.lookup(IDS, 1, ())
+        for _ in range(50):
+            with pytest.raises(QuotaExceeded):
+                ann.lookup(torch.zeros(1, 1000, dtype=torch.int64), 1, ())
+        assert executor._server.budget.used == 0
+        assert bob.lookup(torch.zeros(1, 1000, dtype=torch.int64), 1, ()).shape == (1, 1000, 32)
 
 
 def test_handing_out_parameters_takes_executor_time_too(

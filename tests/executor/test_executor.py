@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,12 @@ from symbiosis.errors import (
     SymbiosisError,
     UnknownWeight,
 )
+from symbiosis.executor import digests
+from symbiosis.executor.server import Server
 from symbiosis.executor.weights import Weights
-from symbiosis.wire.frames import VERSION
+from symbiosis.transport.addresses import Address
+from symbiosis.wire.digest import tensor_digest
+from symbiosis.wire.frames import VERSION, Limits
 
 HELLO = {"protocol": VERSION, "client": "ann", "pid": 7}
 
@@ -118,6 +123,46 @@ def test_close_is_idempotent_and_wait_returns(tmp_path: Path) -> None:
     executor.close()
     waiting.join(timeout=30)
     assert not waiting.is_alive()
+
+
+def test_a_digest_under_way_ends_with_the_executor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that are left in torch abort the process when the interpreter ends."""
+
+    def slow(tensor: torch.Tensor) -> str:
+        time.sleep(0.02)
+        return tensor_digest(tensor)
+
+    monkeypatch.setattr(digests, "tensor_digest", slow)
+    executor = Executor.of(tiny.llama())
+    url = f"unix://{tmp_path}/a.sock"
+    executor.listen([url])
+    executor.close()
+    assert executor.digest.ready is None
+    assert not [t for t in threading.enumerate() if t.name.startswith("symbiosis-digest")]
+    executor.listen([url])
+    with connect(url) as session:
+        assert session.digest == executor.digest.ready
+    executor.close()
+
+
+def test_a_server_that_is_not_read_is_woken_without_waiting(tmp_path: Path) -> None:
+    executor = Executor.of(tiny.llama())
+    address = Address.parse(f"unix://{tmp_path}/a.sock")
+    server = Server(executor, executor._engine, [address], Limits())
+    waking = threading.Thread(target=lambda: [server._wake() for _ in range(5000)], daemon=True)
+    waking.start()
+    waking.join(timeout=60)
+    assert not waking.is_alive()
+    server._close_all()
+
+
+def test_a_strange_protocol_cannot_write_into_a_log(executor: Executor) -> None:
+    with pytest.raises(ProtocolError) as raised:
+        executor.attach({"protocol": "\x1b[2J\nready" + "x" * 9999})
+    assert str(raised.value).isprintable()
+    assert len(str(raised.value)) < 200
 
 
 def test_load(tmp_path: Path) -> None:

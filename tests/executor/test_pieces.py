@@ -9,10 +9,12 @@ import torch.nn.functional as F
 import tiny
 from exchanges import exchange, weight_id
 from symbiosis.errors import ConnectionLost, ExchangeFailed, SymbiosisError
+from symbiosis.executor.batch import Pieces
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.scheduler import Scheduler
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.exchange import Exchange, Op, Priority, Result
+from symbiosis.wire.views import View
 
 Outcome = Result | SymbiosisError
 ROWS = 200  # 4 pieces of 50, since nothing is known yet about how long a row takes
@@ -132,3 +134,72 @@ def test_a_piece_that_fails_ends_the_exchange_and_nothing_else(scene: Scene) -> 
     assert [type(answer) for answer in next_one] == [Result]
     assert not scene.engine.waiting
     assert not scene.engine._pieces
+
+
+def test_a_weight_without_columns_in_pieces(scene: Scene) -> None:
+    number = weight_id(scene.weights, "0.mlp.up_proj.weight")
+    asked = exchange(Op.LINEAR, number, torch.zeros(ROWS, 0), recipe=(View.SLICE, 4, 1, 0, 0, 1))
+    answers = scene.submit(scene.trainer, asked)
+    assert scene.drain() == 4
+    (answer,) = answers
+    assert isinstance(answer, Result)
+    assert torch.equal(answer.tensors[0], torch.zeros(ROWS, 64))
+
+
+def test_no_memory_for_the_whole_result(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def add(self: Pieces, start: int, outputs: tuple[torch.Tensor, ...]) -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(Pieces, "add", add)
+    answers = scene.submit(scene.trainer, scene.training(ROWS, 32))
+    decoded = scene.decode()
+    scene.drain()
+    assert [type(answer) for answer in answers] == [ExchangeFailed]
+    assert [type(answer) for answer in decoded] == [Result]
+    assert not scene.engine.waiting
+
+
+def test_a_trainer_that_leaves_while_its_piece_fails(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another thread, which is how it is answered only once."""
+
+    def compute(members: object) -> list[SymbiosisError]:
+        scene.engine.remove_client(scene.trainer)
+        return [ExchangeFailed("it failed")]
+
+    answers = scene.submit(scene.trainer, scene.training(ROWS, 32))
+    monkeypatch.setattr(scene.engine, "_compute", compute)
+    assert scene.engine.run_once()
+    assert [type(answer) for answer in answers] == [ConnectionLost]
+    assert not scene.engine.waiting
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("error", [KeyError("a mistake"), KeyboardInterrupt()])
+def test_everybody_is_answered_whatever_happens(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, error: BaseException, pieces: bool
+) -> None:
+    """A mistake of ours ends what is in the batch; an interrupted thread of this process too, and
+    goes on being interrupted."""
+    clients = [scene.trainer] if pieces else [scene.decoder, scene.trainer]
+    if not pieces:
+        scene.engine._scheduler.policy = "greedy"
+    with monkeypatch.context() as patch:
+        patch.setattr(scene.engine, "_compute", lambda members: (_ for _ in ()).throw(error))
+        answers = [
+            scene.submit(client, scene.training(ROWS, 32) if pieces else scene.training(2, 32))
+            for client in clients
+        ]
+        if isinstance(error, Exception):
+            assert scene.engine.run_once()
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                scene.engine.run_once()
+    for each in answers:
+        assert [type(answer) for answer in each] == [ExchangeFailed]
+    assert not scene.engine.waiting
+    assert not scene.engine._pieces
+    again = scene.submit(scene.trainer, scene.training(ROWS, 32))
+    scene.drain()
+    assert [type(answer) for answer in again] == [Result]

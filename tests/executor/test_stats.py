@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from symbiosis.executor import stats as stats_module
 from symbiosis.executor.stats import ClientStats, RateMeter, Stats, resident_bytes
 from symbiosis.wire.exchange import Op
 
@@ -35,6 +38,18 @@ def test_batches_are_counted_by_size_and_operation() -> None:
     assert snapshot["batch_sizes"] == {"1": 1, "3": 1}
     assert snapshot["operations"] == {"linear": 3, "embedding": 1}
     assert (snapshot["exchanges"], snapshot["compute_s"], snapshot["uptime_s"]) == (4, 0.75, 2.0)
+
+
+def test_memory_is_looked_at_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([5, 6])
+    monkeypatch.setattr(stats_module, "resident_bytes", lambda: next(looks))
+    stats = Stats(0.0)
+    assert [stats.snapshot(now_s)["memory_bytes"] for now_s in (1.0, 1.5, 1.99, 2.1)] == [
+        5,
+        5,
+        5,
+        6,
+    ]
 
 
 def test_this_process_uses_memory() -> None:
