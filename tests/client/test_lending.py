@@ -372,6 +372,41 @@ def at_work(executor: Executor, clients: int) -> None:
     executor.weights.lender.announce(clients)
 
 
+def test_the_executor_that_is_there_says_who_is_at_work(
+    serve: Serve, told: Callable[[Executor, int], None]
+) -> None:
+    """Not the one that lent the memory, and has gone."""
+    executor, url = serve(tiny.llama(), lend=True)
+    with connect(url) as session:
+        assert session.borrowed is not None
+        told(executor, 2)
+        assert session.borrowed.clients == 2
+        executor.close()
+        again = Executor(weights.Weights(tiny.llama(), "tiny", lend=True))
+        again.listen([url])
+        try:
+            session.executor_stats()
+            told(again, 1)
+            assert session.borrowed.clients == 1
+        finally:
+            again.close()
+
+
+def test_another_session_puts_nobody_to_sleep_for_long(
+    url: str, local: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[bool] = []
+    monkeypatch.setattr(borrowed, "sleep_at_once", said.append)
+    with connect(url) as session:
+        model = session.model()
+        for _ in range(3):
+            with connect(url):  # which puts this process's threads to sleep
+                pass
+            said.clear()
+            logits(model, tiny.tokens())
+            assert said == [False]
+
+
 def test_few_rows_join_those_of_others_where_weights_are_large(
     serve: Serve,
     local: PreTrainedModel,
