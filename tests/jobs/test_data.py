@@ -117,6 +117,14 @@ def test_split(tmp_path: Path) -> None:
     assert split(rows[:9], 0.5, seed=1) == (rows[:9], [])
 
 
+@pytest.mark.parametrize("fraction", [0.96, 0.999])
+def test_something_is_left_to_train_on(tmp_path: Path, fraction: float) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(f'{{"text": "row {n}"}}\n' for n in range(10)))
+    train, held_out = split(read_rows(file), fraction, 1)
+    assert (len(train), len(held_out)) == (1, 9)
+
+
 def test_digest_tells_files_apart(tmp_path: Path) -> None:
     first, second = tmp_path / "a", tmp_path / "b"
     first.write_text("1")

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -204,6 +205,39 @@ def test_resuming_at_the_end_of_an_epoch(make: Make, tmp_path: Path) -> None:
     assert_equal(adapter(tmp_path / "out"), adapter(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("scheduler", ["constant", "linear"])
+def test_resuming_from_the_very_last_checkpoint(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str
+) -> None:
+    """In the middle of an epoch; all that was missing was the end of the run."""
+    common = {"steps": 8, "save_steps": 4, "scheduler": scheduler}
+    finetune.run(make(**common, out=tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(RunFolder, "write_curve", interrupt)
+        finetune.run(make(**common))
+    report = finetune.run(make(**common, resume=True))
+    assert report.steps == 8
+    assert_equal(adapter(tmp_path / "out"), adapter(tmp_path / "whole"))
+    ours, theirs = (RunFolder(tmp_path / name).records() for name in ("out", "whole"))
+    assert [(r.step, r.loss, r.eval_loss) for r in ours] == [
+        (r.step, r.loss, r.eval_loss) for r in theirs
+    ]
+
+
+def interrupt(folder: RunFolder) -> None:
+    raise Interrupted
+
+
+def test_a_resumed_run_keeps_its_own_intervals(make: Make) -> None:
+    with pytest.raises(Interrupted):
+        finetune.run(make(steps=12, save_steps=2), interrupt_at(3))
+    spec = make(steps=12, save_steps=3, eval_steps=2, log_steps=2, resume=True)
+    finetune.run(spec)
+    records = [r for r in RunFolder(spec.out).records() if r.step > 2]
+    assert [r.step for r in records if r.eval_loss is not None] == [4, 6, 8, 10, 12]
+    assert [r.step for r in records if r.loss is not None] == [4, 6, 8, 10, 12]
+
+
 def test_resuming_before_the_first_checkpoint_begins_anew(make: Make, tmp_path: Path) -> None:
     finetune.run(make(out=tmp_path / "whole"))
     with pytest.raises(Interrupted):
@@ -221,6 +255,25 @@ def test_a_resumed_run_must_be_the_same_run(make: Make) -> None:
         finetune.run(make(resume=True, seed=6, batch_size=4))
     with pytest.raises(SymbiosisError, match="options was"):
         finetune.run(make(resume=True, options={"r": 2}))
+
+
+def test_a_run_is_resumed_on_the_same_base_only(
+    make: Make, host: Callable[[Path], str], model_folder: Path, tmp_path: Path
+) -> None:
+    """At the same place, and called the same."""
+    folder = tmp_path / model_folder.name
+    shutil.copytree(model_folder, folder)
+    first = host(folder)
+    with pytest.raises(Interrupted):
+        finetune.run(make(base=first), interrupt_at(1))
+    with symbiosis.connect(first) as base:
+        digest = base.digest
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SymbiosisError, match=f"digest was '{digest}' and is"):
+        finetune.run(make(base=host(folder), resume=True))
+    finetune.run(make(base=first, resume=True, expect_digest=digest))
 
 
 def test_the_seed_decides(make: Make, tmp_path: Path) -> None:
@@ -344,6 +397,25 @@ def test_options_that_do_not_fit_the_model(make: Make) -> None:
         MethodError, match=r"lora cannot be applied to LlamaForCausalLM: .*nothing_like"
     ):
         finetune.run(make(options={"target_modules": ["nothing_like_it"]}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"options": {"target_modules": ["nothing_like_it"]}}, "cannot be applied"),
+        ({"device": "gpu"}, "'gpu' is none; use cpu or cuda"),
+        ({"device": "cuda:77"}, "no usable CUDA device"),
+    ],
+)
+def test_a_run_that_cannot_begin_replaces_nothing(
+    make: Make, wrong: dict[str, Any], error: str
+) -> None:
+    spec = make(steps=2)
+    finetune.run(spec)
+    before = {path: path.stat().st_mtime_ns for path in spec.out.rglob("*")}
+    with pytest.raises(SymbiosisError, match=error):
+        finetune.run(make(steps=2, overwrite=True, **wrong))
+    assert {path: path.stat().st_mtime_ns for path in spec.out.rglob("*")} == before
 
 
 def test_an_executor_that_keeps_its_weights(make: Make, model_folder: Path, tmp_path: Path) -> None:

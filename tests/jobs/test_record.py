@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from symbiosis.errors import SymbiosisError
+from symbiosis.errors import SymbiosisError, WriteFailed
 from symbiosis.jobs.record import Progress, RunFolder
 
 JOB = {"method": "LORA", "seed": 3, "options": {"r": 8}}
@@ -76,6 +76,25 @@ def test_what_can_be_resumed(tmp_path: Path) -> None:
     folder.finish({"loss": 1})
     with pytest.raises(SymbiosisError, match="is complete"):
         folder.check(resume=True, overwrite=False)
+
+
+def test_checkpoints_elsewhere_are_replaced_with_the_run(tmp_path: Path) -> None:
+    """Where there is more room."""
+    elsewhere = tmp_path / "elsewhere"
+    for name in ("checkpoint-500", ".writing", "mine"):
+        (elsewhere / name).mkdir(parents=True)
+    folder = begun(tmp_path / "out")
+    (tmp_path / "out" / "checkpoints").symlink_to(elsewhere)
+    folder.begin(JOB, resume=False)
+    assert folder.checkpoints.is_symlink()
+    assert [path.name for path in elsewhere.iterdir()] == ["mine"]
+
+
+def test_a_folder_that_cannot_be_made_has_nothing_to_resume(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteFailed) as raised:
+        RunFolder(tmp_path / "file" / "out").begin(JOB, resume=False)
+    assert "--resume" not in str(raised.value)
 
 
 def test_a_damaged_job_file(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ Base = Annotated[
         "--base",
         envvar="SYMBIOSIS_BASE",
         metavar="URL",
-        help="The executor: unix:///path.sock or tcp://host:port.",
+        help="The executor: unix:///path.sock, tcp://host:port or tls://host:port.",
     ),
 ]
 Name = Annotated[

@@ -165,7 +165,11 @@ def _run(
     except (KeyboardInterrupt, Exception) as error:
         if not interrupted and not isinstance(error, KeyboardInterrupt):
             raise
-        typer.echo(f"interrupted; the same command with --resume goes on: {spec.out}", err=True)
+        if (spec.out / "job.json").is_file() and not (spec.out / "run.json").is_file():
+            how = "--resume in place of --overwrite" if spec.overwrite else "--resume"
+            typer.echo(f"interrupted; the same command with {how} goes on: {spec.out}", err=True)
+        else:
+            typer.echo(f"interrupted before it began; {spec.out} is as it was", err=True)
         raise typer.Exit(130) from None
     typer.echo(_summary(report, spec.out))
 

@@ -195,12 +195,13 @@ def serve(
     console.quiet_libraries()
     from symbiosis.executor.bounds import Bounds
     from symbiosis.executor.executor import Executor
+    from symbiosis.jobs.hosted import check_device
 
     console.set_threads(threads)
     urls = listen or [DEFAULT_URL]
     doors = Doors(urls, server_tls(tls_cert, tls_key, tls_client_ca), allow_remote, admin)
     check(doors, keys)
-    _check_device(device)
+    check_device(device, "--device")
     if supervise and dtype is Dtype.fastest:
         raise typer.BadParameter(
             "fastest is measured when an executor starts, and one that is started again must host "
@@ -275,17 +276,6 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, signal.SIG_DFL)
     raise SystemExit(0)
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise SymbiosisError(f"--device {device}: this torch finds no usable CUDA device")
-    try:
-        torch.device(device)
-    except RuntimeError:
-        raise SymbiosisError(f"--device {device!r} is none; use cpu or cuda") from None
 
 
 def name_of(model: str) -> str:

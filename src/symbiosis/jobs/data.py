@@ -76,9 +76,11 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
     """Rows to train on and rows held out, chosen by ``seed``; both keep the file's order.
 
     At least one row is held out if ``fraction`` is above 0 and there are ten rows or more; with
-    fewer, none is.
+    fewer, none is. At least one is left to train on.
     """
-    count = max(1, round(len(rows) * fraction)) if fraction > 0 and len(rows) >= 10 else 0
+    count = 0
+    if fraction > 0 and len(rows) >= 10:
+        count = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
     held_out = set(random.Random(seed).sample(range(len(rows)), count))
     return (
         [row for index, row in enumerate(rows) if index not in held_out],

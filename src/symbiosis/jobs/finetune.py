@@ -1,7 +1,8 @@
 """Fine-tuning: trains one adapter on one data set against a hosted base model.
 
 The order of things is the promise: method, data and folder are checked first, then the executor
-is asked, and only then is a model built. The same specification gives the same adapter, bit for
+is asked, then the model is built and the method applied, and only then is anything in the folder
+written or replaced. The same specification gives the same adapter, bit for
 bit, interrupted and resumed or not, on one machine and number of threads.
 """
 
@@ -24,7 +25,13 @@ from symbiosis.errors import ModelError
 from symbiosis.jobs import methods
 from symbiosis.jobs.data import Row, digest, read_rows, split
 from symbiosis.jobs.encode import Encoded, encode, loss_scope, pad_id
-from symbiosis.jobs.hosted import check_hosts, connected, log_trust, tokenizer_of
+from symbiosis.jobs.hosted import (
+    check_device,
+    check_hosts,
+    connected,
+    log_trust,
+    tokenizer_of,
+)
 from symbiosis.jobs.record import Progress, RunFolder
 from symbiosis.jobs.spec import FinetuneSpec
 from symbiosis.transport.tls import Tls
@@ -34,7 +41,7 @@ logger = logging.getLogger(__name__)
 _FREE_TO_CHANGE = {
     "base", "out", "name", "expect_model", "resume", "overwrite", "save_steps", "eval_steps",
     "log_steps", "data", "eval_data", "method", "options", "learning_rate", "privacy_helper",
-    "privacy_weights", "verify", "verify_weights",
+    "privacy_weights", "verify", "verify_weights", "expect_digest",
 }  # fmt: skip
 """Fields that a resumed run need not share, or that `_job` records in another form."""
 
@@ -81,6 +88,7 @@ def run(
     Interrupted (also by an exception from ``on_event``), it can be resumed from its last
     checkpoint.
     """
+    check_device(spec.device)
     method = methods.resolve(spec.method, spec.options)
     train, held_out = _read(spec)
     folder = RunFolder(spec.out)
@@ -92,9 +100,14 @@ def run(
         logger.info("%s: %s examples, loss on %s", spec.data, train[0].format, scope)
         train_set = encode(train, tokenizer, spec.max_length)
         eval_set = encode(held_out, tokenizer, spec.max_length) if held_out else []
-        folder.begin(_job(spec, method, base), resume=spec.resume)
+        described = _job(spec, method, base)
+        if spec.resume:
+            folder.begin(described, resume=True)
         job = _Job(spec, method, base, folder, pad_id(tokenizer), train_set, eval_set)
-        report = job.run(on_event or (lambda progress: None))
+        model = job.adapted()
+        if not spec.resume:
+            folder.begin(described, resume=False)
+        report = job.run(model, on_event or (lambda progress: None))
         log_trust(base)
         return report
 
@@ -120,8 +133,19 @@ class _Job:
         self._train = train
         self._held_out = held_out
 
-    def run(self, on_progress: Callable[[Progress], None]) -> Report:
-        from symbiosis.jobs.training import ProgressReporter, save_adapter
+    def adapted(self) -> Any:
+        """The model with a new adapter. Raises MethodError, ModelError, FetchRefused."""
+        from transformers import set_seed
+
+        model = self._base.model(device=self._spec.device)
+        set_seed(self._spec.seed)  # the adapter's initial values are drawn next
+        adapted = self._method.apply(model, steps=self._steps())
+        if not adapted.get_nb_trainable_parameters()[0]:
+            raise ModelError("the method left nothing to train on this model")
+        return adapted
+
+    def run(self, model: Any, on_progress: Callable[[Progress], None]) -> Report:
+        from symbiosis.jobs.training import ProgressReporter, make_trainer, save_adapter
 
         checkpoint = self._folder.last_checkpoint() if self._spec.resume else None
         before = self._folder.rewind(_step_of(checkpoint))
@@ -130,13 +154,24 @@ class _Job:
             self._folder.append(progress)
             on_progress(progress)
 
-        trainer = self._trainer()
+        trainer = make_trainer(
+            self._spec,
+            model,
+            self._train,
+            self._held_out,
+            pad=self._pad,
+            learning_rate=self._spec.learning_rate or self._method.learning_rate,
+            checkpoints=self._folder.checkpoints,
+        )
         reporter = ProgressReporter(record, before[-1].elapsed_s if before else 0.0)
         trainer.add_callback(reporter)
         self._announce(trainer.model, checkpoint)
         if self._held_out and checkpoint is None:
             self._evaluate_first(trainer)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if checkpoint is not None and _step_of(checkpoint) >= self._steps():
+            trainer.load(checkpoint)  # Trainer would go through one more step before it looked
+        else:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if self._held_out and not self._evaluated_at(trainer.state.global_step):
             trainer.evaluate()
         save_adapter(trainer.model, self._folder.path)
@@ -144,24 +179,6 @@ class _Job:
         report = self._report(trainer, reporter)
         self._folder.finish(dataclasses.asdict(report))
         return report
-
-    def _trainer(self) -> Any:
-        from transformers import set_seed
-
-        from symbiosis.jobs.training import make_trainer
-
-        spec = self._spec
-        model = self._base.model(device=spec.device)
-        set_seed(spec.seed)  # the adapter's initial values are drawn next
-        return make_trainer(
-            spec,
-            self._method.apply(model, steps=self._steps()),
-            self._train,
-            self._held_out,
-            pad=self._pad,
-            learning_rate=spec.learning_rate or self._method.learning_rate,
-            checkpoints=self._folder.checkpoints,
-        )
 
     def _steps(self) -> int:
         """Optimizer steps of the run, as Trainer counts them."""
@@ -179,8 +196,6 @@ class _Job:
 
     def _announce(self, model: Any, checkpoint: Path | None) -> None:
         trainable, _ = model.get_nb_trainable_parameters()
-        if not trainable:
-            raise ModelError("the method left nothing to train on this model")
         logger.info(
             "%s on %s: %s trainable parameters, %d examples to train on, %d held out, %d steps",
             methods.friendly(self._method.peft_type),
@@ -248,6 +263,7 @@ def _job(spec: FinetuneSpec, method: methods.Method, base: Session) -> dict[str,
         "eval_data": None if spec.eval_data is None else digest(spec.eval_data),
         "model": base.welcome["model"],
         "dtype": base.welcome["dtype"],
+        "digest": base.digest,
     }
 
 

@@ -23,7 +23,7 @@ from transformers import TextStreamer
 from symbiosis.client.session import Session
 from symbiosis.errors import ModelError, SymbiosisError
 from symbiosis.jobs.encode import pad_id
-from symbiosis.jobs.hosted import connected, log_trust, tokenizer_of
+from symbiosis.jobs.hosted import check_device, connected, log_trust, tokenizer_of
 from symbiosis.jobs.spec import GenerateSpec
 from symbiosis.transport.tls import Tls
 
@@ -84,6 +84,7 @@ def run(
     """
     for folder in spec.adapters:
         check_adapter_folder(folder)
+    check_device(spec.device)
     with connected(spec, "generate", "interactive", key, tls) as base:
         tokenizer = tokenizer_of(base)
         prompts = [_encoded(tokenizer, prompt, spec) for prompt in spec.prompts]

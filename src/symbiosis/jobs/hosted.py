@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import symbiosis
-from symbiosis.errors import ModelError
+from symbiosis.errors import ModelError, SymbiosisError
 from symbiosis.jobs.spec import privacy_of
 
 if TYPE_CHECKING:
@@ -39,6 +39,18 @@ def connected(
         tls=tls,
         privacy=privacy_of(spec),
     )
+
+
+def check_device(device: str, what: str = "device") -> None:
+    """Raises SymbiosisError that says ``what`` is wrong if torch cannot use ``device`` here."""
+    import torch
+
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise SymbiosisError(f"{what} {device!r} is none; use cpu or cuda") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise SymbiosisError(f"{what} {device}: this torch finds no usable CUDA device")
 
 
 def check_hosts(base: Session, expected: str | None) -> None:

@@ -102,7 +102,7 @@ class RunFolder:
         if resume:
             self._check_same(job)
             return
-        with writing(self.path):
+        with writing(self.path, resumes=False):
             self._clear()
             self.path.mkdir(parents=True, exist_ok=True)
         _write_json(self.path / "job.json", job)
@@ -190,7 +190,10 @@ class RunFolder:
     def _clear(self) -> None:
         for name in _FILES:
             (self.path / name).unlink(missing_ok=True)
-        if self.checkpoints.is_dir() and not self.checkpoints.is_symlink():
+        if self.checkpoints.is_symlink():  # to where there is room
+            for path in (*self.checkpoints.glob("checkpoint-*"), self.checkpoints / WRITING):
+                shutil.rmtree(path, ignore_errors=True)
+        elif self.checkpoints.is_dir():
             shutil.rmtree(self.checkpoints)
 
     def _progress_lines(self) -> list[str]:
@@ -211,16 +214,18 @@ def _replace(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What libraries raise when ``path`` cannot be written becomes a WriteFailed that names it."""
+def writing(path: Path, *, resumes: bool = True) -> Iterator[None]:
+    """What libraries raise when ``path`` cannot be written becomes a WriteFailed that names it, and
+    says how to go on if there is a run to be resumed."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         free = shutil.disk_usage(_existing(path)).free
+        onward = "; the run goes on from its last complete checkpoint with --resume"
         raise WriteFailed(
-            f"cannot write {path}: {reason} ({free / 1e6:,.0f} MB are free there); the run goes on "
-            f"from its last complete checkpoint with --resume"
+            f"cannot write {path}: {reason} ({free / 1e6:,.0f} MB are free there)"
+            f"{onward if resumes else ''}"
         ) from error
 
 

@@ -50,7 +50,7 @@ class FinetuneSpec(_Mapped):
     """One fine-tuning run. Paths are resolved by the caller's working directory."""
 
     base: str
-    """The executor's address: ``unix:///path.sock`` or ``tcp://host:port``."""
+    """The executor's address: ``unix:///path.sock``, ``tcp://host:port`` or ``tls://…``."""
     data: Path
     """JSON lines to train on; see `symbiosis.jobs.data` for the formats."""
     out: Path
@@ -146,7 +146,7 @@ class GenerateSpec(_Mapped):
     """One generation: every prompt with every adapter."""
 
     base: str
-    """The executor's address: ``unix:///path.sock`` or ``tcp://host:port``."""
+    """The executor's address: ``unix:///path.sock``, ``tcp://host:port`` or ``tls://…``."""
     prompts: tuple[str, ...]
     """At least one."""
     adapters: tuple[Path, ...] = ()

@@ -22,7 +22,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from symbiosis.errors import SymbiosisError
 from symbiosis.jobs.encode import IGNORED, Encoded, collate
@@ -58,6 +64,7 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_RankBudget())
+    trainer.add_callback(_OwnIntervals())
     return trainer
 
 
@@ -74,6 +81,11 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     control: Any
     _aside: Path | None = None
     """Where a checkpoint is being written."""
+
+    def load(self, checkpoint: Path) -> None:
+        """The adapter and the state of a checkpoint, to go on without training."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out loss, the mean over all tokens that carry loss, as ``eval_loss``."""
@@ -166,6 +178,13 @@ def _move_over(path: Path, target: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     path.rename(target)
+
+
+class _OwnIntervals(TrainerCallback):  # type: ignore[misc]
+    """How often a resumed run logs, evaluates and saves is what it says, not what was saved."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
 
 
 class ProgressReporter(TrainerCallback):  # type: ignore[misc]
@@ -275,6 +294,8 @@ def _arguments(
     spec: FinetuneSpec, learning_rate: float, checkpoints: Path, *, evaluates: bool
 ) -> TrainingArguments:
     periodic = evaluates and spec.eval_steps is not None
+    if torch.device(spec.device).index is not None:
+        torch.cuda.set_device(spec.device)  # the one that Trainer takes
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=spec.batch_size,
