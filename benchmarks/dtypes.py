@@ -11,8 +11,8 @@ import os
 from typing import Any
 
 import symbiosis
-from harness import Sample, Worker, chosen_model, executor, model_options, ratio, save
-from overhead import UNITS
+from harness import Worker, chosen_model, executor, model_options, save
+from overhead import UNITS, measure
 
 
 def main() -> None:
@@ -39,21 +39,19 @@ def main() -> None:
             if name == "training":
                 for worker in workers:
                     worker.run(do="adapt", method="lora")
-            rates: tuple[list[float], list[float]] = ([], [])
-            for _ in range(options.rounds + 2):  # the first two warm up
-                for worker, found in zip(workers, rates, strict=True):
-                    found.append(worker.run(**unit)["tokens_per_s"])
-            a, b = (Sample(tuple(found[2:])) for found in rates)
-            against = ratio(a, b)
+            ours, peer = workers
+            row = measure(peer, ours, unit, options.rounds)
+            bf16_rate, float32_rate = row["split_tokens_per_s"], row["whole_tokens_per_s"]
             print(
-                f"{name:9} bf16 {a.median:.1f} tokens/s, float32 {b.median:.1f}: {against.spread}",
+                f"{name:9} bf16 {bf16_rate:.1f} tokens/s, float32 {float32_rate:.1f}: "
+                f"{row['ratio_spread']}",
                 flush=True,
             )
             result[name] = {
-                "bf16_tokens_per_s": a.median,
-                "float32_tokens_per_s": b.median,
-                "ratio": against.median,
-                "ratio_spread": against.spread,
+                "bf16_tokens_per_s": bf16_rate,
+                "float32_tokens_per_s": float32_rate,
+                "ratio": row["ratio"],
+                "ratio_spread": row["ratio_spread"],
             }
         for worker in workers:
             worker.close()

@@ -53,7 +53,14 @@ from transformers import (  # noqa: E402
 
 import symbiosis  # noqa: E402
 from exchange import TINY  # noqa: E402
-from harness import LLAMA_110M, executor, make_model, save  # noqa: E402
+from harness import (  # noqa: E402
+    LLAMA_110M,
+    Process,
+    environment,
+    executor,
+    make_model,
+    save,
+)
 from symbiosis.executor.executor import Executor  # noqa: E402
 from symbiosis.executor.weights import Weights  # noqa: E402
 from worker import METHODS  # noqa: E402
@@ -469,11 +476,15 @@ class Bench:
             before = self.used()
             for count in sorted({1, 2, sizes.jobs}):
                 with contextlib.ExitStack() as stack:
-                    borrowers = [stack.enter_context(Borrower(url, self)) for _ in range(count)]
+                    borrowers = []
+                    for _ in range(count):
+                        borrowers.append(_borrower(url, self))
+                        stack.callback(borrowers[-1].close)
                     rates = {kind: _rate(borrowers, kind) for kind in lone}
                     used = self.used() - before
                     for borrower in borrowers:
-                        if not torch.equal(borrower.logits(Path(folder)), expected):
+                        borrower.run(do="logits", file=f"{folder}/logits.pt")
+                        if not torch.equal(torch.load(f"{folder}/logits.pt"), expected):
                             raise AssertionError("a borrower's logits are not the whole model's")
                 found[f"{count} processes"] = {**rates, "bytes_beside_the_base": used}
                 print(
@@ -586,69 +597,39 @@ class Job:
         del self._optimizer
 
 
-class Borrower:
-    """A process that borrows the base, and does as it is told."""
-
-    def __init__(self, url: str, bench: Bench) -> None:
-        stand_in = ["--stand-in"] if bench.sizes.stand_in else []
-        command = [sys.executable, __file__, "--device", str(bench.device), *stand_in]
-        self._process = subprocess.Popen(
-            [*command, "--borrower", url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def __enter__(self) -> Borrower:
-        self.answer()  # it is ready
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def ask(self, question: str) -> None:
-        assert self._process.stdin is not None
-        print(question, file=self._process.stdin, flush=True)
-
-    def answer(self) -> float:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("a borrower has ended; what it said is above")
-        return float(line)
-
-    def logits(self, folder: Path) -> torch.Tensor:
-        path = folder / "logits.pt"
-        self.ask(f"logits {path}")
-        self.answer()
-        found: torch.Tensor = torch.load(path)
-        return found
+def _borrower(url: str, bench: Bench) -> Process:
+    """A process that borrows the base, and does as it is told; see `borrow`."""
+    stand_in = ["--stand-in"] if bench.sizes.stand_in else []
+    command = [sys.executable, __file__, "--device", str(bench.device), *stand_in]
+    return Process([*command, "--borrower", url], environment(passive=True, ours=True)).ready()
 
 
-def _rate(borrowers: list[Borrower], kind: str) -> float:
+def _rate(borrowers: list[Process], kind: str) -> float:
     """Tokens per second of all together; the first round warms up."""
     for _ in range(2):
         started_s = time.perf_counter()
         for borrower in borrowers:
-            borrower.ask(kind)
-        tokens = sum(borrower.answer() for borrower in borrowers)
+            borrower.start(do=kind)
+        tokens = sum(borrower.finish()["tokens"] for borrower in borrowers)
         seconds = time.perf_counter() - started_s
-    return tokens / seconds
+    return float(tokens / seconds)
 
 
 def borrow(url: str, bench: Bench) -> None:
-    """The process of a `Borrower`: answers each question with the tokens that it has computed."""
+    """A borrower's process: answers each command with the tokens that it has computed."""
     sizes = bench.sizes
     with symbiosis.connect(url) as session:
         model = session.model(device=bench.device).eval()
-        print(0, flush=True)
+        print(json.dumps({"ready": True}), flush=True)
         job: Job | None = None
         for line in sys.stdin:
-            kind, *rest = line.split()
-            tokens = 0
+            command = json.loads(line)
+            kind, tokens = command["do"], 0
             if kind != "training" and job is not None:
                 job.end()
                 job = None
             if kind == "logits":
-                torch.save(_probe(model), rest[0])
+                torch.save(_probe(model), command["file"])
             elif kind == "training":
                 job = job or Job(model, bench)
                 job.step()
@@ -658,7 +639,7 @@ def borrow(url: str, bench: Bench) -> None:
                 tokens = sizes.tokens
             if session.stats().exchanges:
                 raise AssertionError("nothing was lent: it exchanges")
-            print(tokens, flush=True)
+            print(json.dumps({"tokens": tokens}), flush=True)
 
 
 @torch.no_grad()

@@ -169,7 +169,7 @@ def _run(
             how = "--resume in place of --overwrite" if spec.overwrite else "--resume"
             typer.echo(f"interrupted; the same command with {how} goes on: {spec.out}", err=True)
         else:
-            typer.echo(f"interrupted before it began; {spec.out} is as it was", err=True)
+            typer.echo(f"interrupted; there is nothing to resume in {spec.out}", err=True)
         raise typer.Exit(130) from None
     typer.echo(_summary(report, spec.out))
 

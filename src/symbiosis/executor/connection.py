@@ -166,13 +166,14 @@ class Connection:
         if not isinstance(outcome, SymbiosisError):
             try:
                 parts = self._answered(request, outcome, places)
-                self._count(bytes_out=sum(map(len, parts)))
-                self._send(parts)
             except Exception as error:
                 logger.error("client %s: an answer cannot be sent", self._client, exc_info=error)
                 outcome = ExchangeFailed(f"the result could not be sent: {error}")
         if isinstance(outcome, SymbiosisError):
-            self._send([error_frame(request, outcome)])
+            parts = [error_frame(request, outcome)]
+        else:
+            self._count(bytes_out=sum(map(len, parts)))
+        self._send(parts)
         if self._outbox.parts:
             self._unsent_bytes += taken.memory_bytes
         else:

@@ -206,11 +206,9 @@ class Engine:
                 if chosen is None:
                     return False
                 take = self._pending.pop if chosen.completes else self._pending.__getitem__
-                pendings = [take(request.id) for request in chosen.requests]
-                for request, pending in zip(chosen.requests, pendings, strict=True):
-                    self._unanswered[request.id] = pending
+                self._unanswered = {request.id: take(request.id) for request in chosen.requests}
             try:
-                self._run(chosen, pendings, started_s)
+                self._run(chosen, list(self._unanswered.values()), started_s)
             except BaseException as error:
                 self._abandon(chosen)
                 if not isinstance(error, Exception):  # an interrupted client of this process

@@ -224,8 +224,7 @@ class Executor:
         if hello.get("protocol") != VERSION:
             raise ProtocolError(
                 f"the client speaks protocol {ascii(hello.get('protocol'))[:32]}, this executor "
-                f"{VERSION}: "
-                f"use the same release on both sides"
+                f"{VERSION}: use the same release on both sides"
             )
         pid = hello.get("pid")
         name = _printable(hello.get("client") or "client", 64)

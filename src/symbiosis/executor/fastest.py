@@ -53,7 +53,7 @@ def fastest_dtype(
     ``device`` (the geometric mean over `_ROWS`), for it takes twice the memory. The model may be
     elsewhere and stays as it is."""
     sample = _sample(model)
-    stored = next(iter(model.parameters())).dtype if not sample else sample[0].dtype
+    stored = sample[0].dtype if sample else model.dtype
     if not sample or stored not in (torch.bfloat16, torch.float16):
         return stored
     weights = {dtype: [w.to(device, dtype) for w in sample] for dtype in (stored, torch.float32)}
@@ -67,12 +67,12 @@ def fastest_dtype(
                 took_s[dtype] = min(took_s[dtype], timer(call, device))
         speedups.append(took_s[stored] / took_s[torch.float32])
         logger.info(
-            "%d matrices of %s times %d rows: %.2f ms in %s, %.2f in float32",
+            "%d matrices of %s times %d rows: %.2f ms in %s, %.2f in torch.float32",
             len(sample),
             list(sample[0].shape),
             rows,
             took_s[stored] * 1e3,
-            _name(stored),
+            stored,
             took_s[torch.float32] * 1e3,
         )
     faster = math.prod(speedups) ** (1 / len(speedups)) >= _WORTH_TWICE_THE_MEMORY
@@ -99,7 +99,3 @@ def _products(x: torch.Tensor, matrices: list[torch.Tensor]) -> Callable[[], obj
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -123,9 +123,7 @@ class Weights:
         self.vector_ids: dict[str, int] = {}
         self.shipped: dict[str, torch.Tensor] = {}
         self.ring: dict[int, dict[int, RingWeight]] = {}  # by bits, by id; see `executor.ring`
-        self.ring_facts: dict[
-            int, tuple[Json, bytes]
-        ] = {}  # by bits: what clients are told of them
+        self.ring_facts: dict[int, tuple[Json, bytes]] = {}  # what clients are told of them
         self.stored = frozenset(model.state_dict())  # not what is computed while it is built
         self.device = device or next(model.parameters()).device
         self.num_parameters = sum(p.numel() for p in model.parameters())
