@@ -124,6 +124,25 @@ def test_no_false_alarm_over_many_products() -> None:
         assert made.checked == 1500
 
 
+@pytest.mark.parametrize("size", [1e100, 1e160, 1e300])
+def test_what_overflows_when_squared_is_compared_too(size: float) -> None:
+    torch.manual_seed(6)
+    w, x = torch.randn(40, 30, dtype=torch.float64), torch.randn(3, 30, dtype=torch.float64)
+    right = x @ w.t() * size
+    checker(w, None, False).exchange(Op.LINEAR, (1,), (0,), (), x * size, (right,))
+    for sent in (x, x * size):
+        with pytest.raises(IntegrityError, match="3 of 3 rows"):
+            wrong = torch.full_like(right, size * 3)
+            checker(w, None, False).exchange(Op.LINEAR, (1,), (0,), (), sent, (wrong,))
+
+
+def test_what_the_weights_dtype_cannot_hold_is_no_false_alarm() -> None:
+    w, x = torch.eye(3), torch.tensor([[1e40, 0.0, 0.0]], dtype=torch.float64)
+    y = product(Op.LINEAR, x, w, None, x.dtype)
+    assert not y.isfinite().all()
+    checker(w, None, False).exchange(Op.LINEAR, (1,), (0,), (), x, (y,))
+
+
 @pytest.mark.parametrize("own_word", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_wrong_element_is_found(dtype: torch.dtype, own_word: bool) -> None:

@@ -121,3 +121,19 @@ def test_alone_it_is_computed_whole() -> None:
     scene.train()
     scene.run(300)
     assert not any(piece.is_piece for piece in scene.pieces)
+
+
+def test_training_that_left_while_it_waited_is_owed_nothing_for_it() -> None:
+    """A trainer that goes while it waits for a decoder; then nobody sends anything for an hour."""
+    scene = Scene(share=0.3, rows=512, row_s=1 / 8, pause_s=20.0).run(100)
+    scene.train()
+    scheduler = scene.scheduler
+    while scheduler._resting_since_s is None:
+        scene.run(scene.now_s + 1)
+    scheduler.remove_client(2)
+    scene.decoder_at_s = scene.now_s = scene.now_s + 3600
+    scene.run(scene.now_s + 100)
+    scene.waits_s.clear()
+    scene.train()
+    scene.run(scene.now_s + 300)
+    assert max(scene.waits_s) <= 64 + 8, "a piece, not an hour"

@@ -38,8 +38,9 @@ def test_pace() -> None:
 
 
 def overdue(progress: Progress, now_s: float, **state: object) -> str | None:
-    known = {"greeted": True, "reading": Reading.NOTHING, "unsent": False, "crowded": False}
-    return progress.overdue(Bounds(), now_s, **{**known, **state})  # type: ignore[arg-type]
+    known = {"greeted": True, "reading": Reading.NOTHING}
+    idle = dict.fromkeys(("unsent", "holds", "crowded"), False)
+    return progress.overdue(Bounds(), now_s, **{**known, **idle, **state})  # type: ignore[arg-type]
 
 
 def test_a_slow_link_lives_and_a_trickle_does_not() -> None:
@@ -79,6 +80,23 @@ def test_a_reader_has_longer() -> None:
     for now_s in range(60):
         assert overdue(progress, now_s, unsent=True) is None
     assert "answers" in str(overdue(progress, 60, unsent=True))
+
+
+def test_a_reader_has_no_longer_than_a_sender_while_others_wait_for_its_memory() -> None:
+    progress = Progress(0.0)
+
+    def told(begin_s: int, end_s: int, **state: bool) -> list[str | None]:
+        found = []
+        for now_s in range(begin_s, end_s):
+            progress.sent += 100_000
+            found.append(overdue(progress, now_s, unsent=True, **state))
+        return found
+
+    assert not any(told(0, 600, holds=True)), "nobody waits"
+    assert not any(told(600, 1200, crowded=True)), "what it has not taken is no memory of theirs"
+    urgent = told(1200, 1211, holds=True, crowded=True)
+    assert urgent[:10] == [None] * 10
+    assert "1.04858e+06" in str(urgent[10])
 
 
 def test_budget_is_first_come_first_served() -> None:

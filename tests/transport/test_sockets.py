@@ -91,6 +91,7 @@ def test_a_path_is_taken_as_it_is_written(name: str) -> None:
         ("tcp://0.0.0.0:1", False),
         ("tcp://10.0.0.1:1", False),
         ("tcp://[::]:1", False),
+        ("tcp://127.example.com:1", False),
     ],
 )
 def test_loopback(url: str, loopback: bool) -> None:

@@ -43,6 +43,9 @@ _SUM = 32.0
 """In u‖w‖‖x‖: how far a sum of products may be off. Higham and Mary give λ√n u for a chain of n
 additions; kernels add in blocks of at most about 400. Measured: at most 6.0."""
 
+_HUGE = 1e100
+"""What is larger is not squared: fp64 ends at 1.8e308."""
+
 
 class Anchor(NamedTuple):
     """A weight as a check sees it. Small: K (O + 4 I) bytes for an fp32 weight."""
@@ -213,11 +216,21 @@ def _wrong_products(
     r, wr = anchor.r.double(), anchor.wr.double()
     b = torch.zeros(()) if bias is None else bias.cpu()
     b_TO = b.double().expand_as(y_TO)
+    most = min(torch.finfo(dtype).max for dtype in (x.dtype, hosted))
+    possible = _could_be_finite(most, x_TI, y_TO, anchor)
+    x_TI, y_TO, b_TO = _squarable(x_TI, y_TO, b_TO)
     right = x_TI @ wr + b_TO @ r
     allowed = _allowed(x.dtype, x_TI, y_TO, b_TO, anchor, hosted)
     error = (y_TO @ r - right).abs()
     off = ~((error <= allowed) & error.isfinite()).all(1)
-    return int((off & _could_be_finite(x.dtype, x_TI, y_TO, anchor)).sum())
+    return int((off & possible).sum())
+
+
+def _squarable(*parts: Tensor) -> list[Tensor]:
+    """Rows of one product, in fp64, made smaller together where a square would overflow."""
+    largest = torch.stack([part.abs().amax(1) for part in parts]).amax(0)
+    divisor = torch.where((largest > _HUGE) & largest.isfinite(), largest, 1.0).unsqueeze(1)
+    return [part / divisor for part in parts]
 
 
 def _allowed(
@@ -252,9 +265,9 @@ def _allowed(
     return allowed
 
 
-def _could_be_finite(dtype: torch.dtype, x_TI: Tensor, y_TO: Tensor, anchor: Anchor) -> Tensor:
-    """Not the rows whose input is not finite, or whose product may be beyond the dtype: (T,)."""
-    within = x_TI.norm(dim=1) * anchor.norm < torch.finfo(dtype).max / 2
+def _could_be_finite(most: float, x_TI: Tensor, y_TO: Tensor, anchor: Anchor) -> Tensor:
+    """Not the rows whose input is not finite, or whose product may be beyond ``most``: (T,)."""
+    within = x_TI.norm(dim=1) * anchor.norm < most / 2
     possible: Tensor = x_TI.isfinite().all(1) & (y_TO.isfinite().all(1) | within)
     return possible
 

@@ -26,7 +26,8 @@ class Bounds(NamedTuple):
     least_rate: float = 1024.0
     """Bytes/s, of payloads that arrive and answers that are taken."""
     crowded_rate: float = float(1 << 20)
-    """Bytes/s of payloads while other clients wait for memory."""
+    """Bytes/s while other clients wait for memory, over `window_s`: of payloads, and of answers
+    that hold some."""
     answer_s: float = 60.0
     """Answers must be taken at `least_rate`, measured over this time."""
     connections: int = 1024
@@ -86,10 +87,11 @@ class Progress:
 
     def overdue(
         self, bounds: Bounds, now_s: float, *, greeted: bool, reading: Reading, unsent: bool,
-        crowded: bool,
+        holds: bool, crowded: bool,
     ) -> str | None:  # fmt: skip
         """Why the connection has to end, if it has to; to be asked several times a window.
-        ``crowded``: others wait for memory."""
+        ``unsent``: answers wait to be taken, which ``holds`` memory; ``crowded``: others wait for
+        some."""
         if not greeted and now_s - self._opened_s > bounds.greeting_s:
             return f"no complete HELLO within {bounds.greeting_s:g} s"
         what = None if reading is Reading.NOTHING else (self.frames, reading)
@@ -99,8 +101,11 @@ class Progress:
                 return f"a payload came at less than {rate:g} bytes/s"
         elif self._reading.is_slow(what, 0, now_s, bounds.frame_s, 1):
             return f"a frame was not complete within {bounds.frame_s:g} s"
-        rate = bounds.least_rate
-        if self._sending.is_slow(unsent or None, self.sent, now_s, bounds.answer_s, rate):
+        urgent = crowded and holds
+        rate = bounds.crowded_rate if urgent else bounds.least_rate
+        window_s = bounds.window_s if urgent else bounds.answer_s
+        answers = ("urgent" if urgent else "patient") if unsent else None
+        if self._sending.is_slow(answers, self.sent, now_s, window_s, rate):
             return f"answers were taken at less than {rate:g} bytes/s"
         return None
 

@@ -209,6 +209,7 @@ class Connection:
             greeted=self._client is not None,
             reading=reading,
             unsent=bool(self._outbox.parts),
+            holds=self._unsent_bytes > 0,
             crowded=self._server.budget.crowded,
         )
         if reason is not None:

@@ -40,6 +40,7 @@ REQUESTS = ("stats", "files", "parameters", "digest", "ring")
 _PREFIX = "symbiosis-"
 _TENANT_FIELDS = (*Quota._fields, "share", "fetch", "requests")
 _KEY_FIELDS = ("id", "tenant", "sha256", "created", "expires")
+_LEAST, _MOST = 1e-6, 1e18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,8 +275,11 @@ def _text(value: object, where: str) -> str:
 
 def _number(value: object, where: str, whole: bool) -> float:
     kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0:
         raise ValueError(f"{where} is {value!r}; it must be a {'whole ' * whole}number above 0")
+    if not _LEAST <= value <= _MOST:  # what is reckoned with it stays finite
+        given = value if isinstance(value, float) else "a number of many digits"
+        raise ValueError(f"{where} is {given}; write {_LEAST:g} to {_MOST:g}")
     return value
 
 

@@ -171,6 +171,8 @@ class Scheduler:
         self._tenants.gone(dropped)
         self._held.discard(client)
         self.alignment.left(client)
+        if not any(head.priority for head in self._heads()):  # no more training waits
+            self._resting_since_s = None
         return [request.id for request in dropped]
 
     def withdraw(self, request: Request) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import ipaddress
 import os
 import socket
 import stat
@@ -63,11 +64,12 @@ class Address:
     @property
     def is_loopback(self) -> bool:
         """True if no other machine can reach it."""
-        return (
-            self.path is not None
-            or self.host in ("localhost", "::1")
-            or (self.host.startswith("127."))
-        )
+        if self.path is not None or self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name, which may mean anything: 127.example.com
+            return False
 
 
 def listen(address: Address) -> tuple[socket.socket, Address]:
