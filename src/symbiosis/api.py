@@ -66,11 +66,12 @@ def connect(
 
     ``expect_digest`` pins the model: what ``symbiosis digest FOLDER`` prints. An executor that
     claims another is left before anything is sent, and every file, small parameter and fetched
-    weight that arrives is compared. ``verify`` is the share of the exchanges (0.05: one in
-    twenty) whose products are checked by random projections; a wrong one raises IntegrityError
-    and ends the session. By itself that finds an executor that computes wrongly or changes its
-    weights; with ``weights``, a folder with the model that you trust, also one that computes
-    with others from the start. See decision 15 for what each finds.
+    weight that arrives is compared; not what a model computes when it is built (rotary
+    frequencies). ``verify`` is the share of the exchanges (0.05: one in twenty) whose products
+    are checked by random projections; a wrong one raises IntegrityError and ends the session. By
+    itself that finds an executor that computes wrongly or changes its weights; with ``weights``,
+    a folder with the model that you trust, also one that computes with others from the start, or
+    ships other frequencies. See decision 15 for what each finds.
 
     ``privacy`` hides what is sent from whoever runs the executor: ``plain`` (nothing is hidden),
     ``masked-local``, or a `symbiosis.Privacy` that says more; `Session.privacy_report` says what

@@ -44,7 +44,7 @@ class TrustedFolder:
                 f"are not those of the weights in {folder}; verify without weights=, or let it "
                 f"host the model dense"
             )
-        state = _state(folder, welcome)
+        state, self._computed = _state(folder, welcome)
         self._anchors: dict[tuple[Op, int], Anchor] = {}
         for info in weights.values():
             matrix = _found(state, info.names[0], info.shape, folder)
@@ -64,16 +64,28 @@ class TrustedFolder:
         return self._biases[number]
 
     def check_shipped(self, shipped: Mapping[str, Tensor]) -> None:
-        """Raises IntegrityError if a parameter that the executor ships is not the folder's."""
+        """Raises IntegrityError if a parameter that the executor ships is not the folder's, or a
+        buffer not about what the model's class computes (by another release, perhaps)."""
         for name, value in shipped.items():
-            own = self._small.get(name)
-            if own is not None and not (own.dtype == value.dtype and torch.equal(own, value)):
+            if name in self._small:
+                own = self._small[name]
+                same = own.dtype == value.dtype and torch.equal(own, value)
+            else:
+                same = name not in self._computed or _about_equal(self._computed[name], value)
+            if not same:
                 raise IntegrityError(
                     f"the executor ships other numbers for {name} than the trusted weights have"
                 )
 
 
-def _state(folder: str, welcome: Json) -> dict[str, Tensor]:
+def _about_equal(own: Tensor, value: Tensor) -> bool:
+    if own.shape != value.shape or own.dtype != value.dtype:
+        return False
+    return torch.allclose(own.double(), value.double(), rtol=1e-4, equal_nan=True)
+
+
+def _state(folder: str, welcome: Json) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What is stored, and buffers that are computed while the model is built."""
     cls = getattr(transformers, str(welcome.get("architecture")), None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise ModelError(f"transformers has no class {welcome.get('architecture')!r}")
@@ -93,7 +105,9 @@ def _state(folder: str, welcome: Json) -> dict[str, Tensor]:
             f"{folder} lacks {len(missing)} weights of a {welcome['architecture']}, for example "
             f"{missing[0]}: it is not the model that is hosted"
         )
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    stored = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    computed = {name: b.clone() for name, b in model.named_buffers() if name not in stored}
+    return stored, computed
 
 
 def _found(state: Mapping[str, Tensor], name: str, shape: tuple[int, ...], folder: str) -> Tensor:
