@@ -68,6 +68,12 @@ def submit(engine: Engine, client: int, asked: Exchange) -> list[Outcome]:
     return answers
 
 
+def submit_and_run(engine: Engine, client: int, asked: Exchange) -> list[Outcome]:
+    answers = submit(engine, client, asked)
+    engine.run_once()
+    return answers
+
+
 def drain(engine: Engine) -> int:
     count = 0
     while engine.run_once():
@@ -217,6 +223,29 @@ def test_counters(engine: Engine, weights: Weights) -> None:
     assert snapshot["operations"] == {"linear": 3}
     assert snapshot["policy"] == "greedy"
     assert snapshot["clients_seen"] == 1
+
+
+def test_times_are_those_of_computing(
+    engine: Engine, weights: Weights, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU goes on after the call; here it would take two seconds. Its failures come then, too."""
+    client = client_of(engine)
+
+    def gpu_is_done() -> None:
+        clock.now_s += 2
+
+    monkeypatch.setattr(weights, "wait", gpu_is_done)
+    (answer,) = submit_and_run(engine, client, linear(weights, torch.randn(2, 32)))
+    assert isinstance(answer, Result)
+    assert answer.compute_us == 2_000_000
+    assert engine.stats.clients[client].compute_s == 2
+
+    def gpu_fails() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(weights, "wait", gpu_fails)
+    (answer,) = submit_and_run(engine, client, linear(weights, torch.randn(2, 32)))
+    assert isinstance(answer, ExchangeFailed)
 
 
 def test_empty_inputs_have_empty_results(engine: Engine, weights: Weights) -> None:

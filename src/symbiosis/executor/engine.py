@@ -295,7 +295,11 @@ class Engine:
         Gradients are off: whoever runs the engine sees to that, once for its thread.
         """
         try:
-            return list(walks.compute(members, self.weights))
+            found: list[tuple[torch.Tensor, ...] | SymbiosisError | None] = []
+            found.extend(walks.compute(members, self.weights))
+            if any(map(_goes_out, members)) and any(each is not None for each in found):
+                self.weights.wait()
+            return found
         except SymbiosisError as error:
             if len(members) == 1:
                 return [error]
@@ -395,6 +399,13 @@ class Engine:
                     stats.exchanges += 1
                     stats.batch_members += walk.mean_batch if walk else size
             self.stats.batch_ran(size, answered, chosen.rows, now_s, elapsed_s)
+
+
+def _goes_out(member: Exchange | walks.Walk) -> bool:
+    """Does its result go to host memory? So for whoever is not in this process and on a GPU. It is
+    waited for then, so that times are those of computing; else they may be those of launching."""
+    exchange = member if isinstance(member, Exchange) else member.exchange
+    return exchange.tensors[0].is_cpu
 
 
 def _opens(exchange: Exchange) -> bool:
