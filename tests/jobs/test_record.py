@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ JOB = {"method": "LORA", "seed": 3, "options": {"r": 8}}
 def begun(path: Path) -> RunFolder:
     folder = RunFolder(path)
     folder.check(resume=False, overwrite=False)
-    folder.begin(JOB, resume=False)
+    with folder:
+        folder.begin(JOB, resume=False)
     return folder
 
 
@@ -44,8 +47,9 @@ def test_other_files_are_no_run_and_survive(tmp_path: Path) -> None:
     folder = begun(tmp_path)
     checkpoint(folder, 3)
     folder.finish({})
-    folder.check(resume=False, overwrite=True)
-    folder.begin(JOB, resume=False)
+    with folder:
+        folder.check(resume=False, overwrite=True)
+        folder.begin(JOB, resume=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["job.json", "notes.txt"]
 
 
@@ -55,7 +59,8 @@ def test_overwriting_does_not_follow_links(tmp_path: Path) -> None:
     (treasure / "gold").write_text("gold")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "checkpoints").symlink_to(treasure)
-    RunFolder(tmp_path / "out").begin(JOB, resume=False)
+    with RunFolder(tmp_path / "out") as folder:
+        folder.begin(JOB, resume=False)
     assert (treasure / "gold").exists()
 
 
@@ -69,13 +74,49 @@ def test_what_can_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(SymbiosisError, match="no run to resume"):
         RunFolder(tmp_path / "none").check(resume=True, overwrite=False)
     folder = begun(tmp_path / "out")
-    folder.check(resume=True, overwrite=False)
-    folder.begin(JOB, resume=True)
-    with pytest.raises(SymbiosisError, match=r"seed was 3 and is 4"):
-        folder.begin({**JOB, "seed": 4}, resume=True)
+    with folder:
+        folder.check(resume=True, overwrite=False)
+        folder.begin(JOB, resume=True)
+        with pytest.raises(SymbiosisError, match=r"seed was 3 and is 4"):
+            folder.begin({**JOB, "seed": 4}, resume=True)
     folder.finish({"loss": 1})
     with pytest.raises(SymbiosisError, match="is complete"):
         folder.check(resume=True, overwrite=False)
+
+
+@pytest.mark.parametrize("again", [{"overwrite": True}, {"resume": True}])
+def test_two_processes_do_not_work_in_one_folder(tmp_path: Path, again: dict[str, bool]) -> None:
+    """In either order: who comes later is told at once, or when both are about to begin."""
+    asked = {"resume": False, "overwrite": False, **again}
+    first, second = RunFolder(tmp_path / "out"), RunFolder(tmp_path / "out")
+    begun(tmp_path / "out")
+    for folder in (first, second):
+        folder.check(**asked)
+    with first:
+        first.begin(JOB, resume=asked["resume"])
+        with pytest.raises(SymbiosisError, match="another process is at work"):
+            second.check(**asked)
+        with pytest.raises(SymbiosisError, match="another process is at work"):
+            second.begin(JOB, resume=asked["resume"])
+    with second:
+        second.begin(JOB, resume=asked["resume"])
+
+
+def test_a_process_that_was_killed_holds_nothing(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, sys; from symbiosis.jobs.record import RunFolder;"
+        f"folder = RunFolder(pathlib.Path({str(tmp_path / 'out')!r}));"
+        "folder.begin({}, resume=False); print('begun', flush=True); sys.stdin.read()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        folder = RunFolder(tmp_path / "out")
+        with pytest.raises(SymbiosisError, match="another process is at work"):
+            folder.check(resume=True, overwrite=False)
+        process.kill()
+    folder.check(resume=True, overwrite=False)
 
 
 def test_checkpoints_elsewhere_are_replaced_with_the_run(tmp_path: Path) -> None:
@@ -85,7 +126,8 @@ def test_checkpoints_elsewhere_are_replaced_with_the_run(tmp_path: Path) -> None
         (elsewhere / name).mkdir(parents=True)
     folder = begun(tmp_path / "out")
     (tmp_path / "out" / "checkpoints").symlink_to(elsewhere)
-    folder.begin(JOB, resume=False)
+    with folder:
+        folder.begin(JOB, resume=False)
     assert folder.checkpoints.is_symlink()
     assert [path.name for path in elsewhere.iterdir()] == ["mine"]
 

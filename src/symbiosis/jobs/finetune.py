@@ -93,7 +93,7 @@ def run(
     train, held_out = _read(spec)
     folder = RunFolder(spec.out)
     folder.check(resume=spec.resume, overwrite=spec.overwrite)
-    with connected(spec, f"finetune {spec.out.name}", "training", key, tls) as base:
+    with folder, connected(spec, f"finetune {spec.out.name}", "training", key, tls) as base:
         check_hosts(base, spec.expect_model)
         tokenizer = tokenizer_of(base)
         scope = loss_scope(train[0], tokenizer)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import json
 import logging
 import os
@@ -70,10 +71,20 @@ class Progress:
 
 
 class RunFolder:
-    """The folder of one run. Not for two processes at a time."""
+    """The folder of one run. As a context, it is one process's from `begin` on, as far as its file
+    system knows locks: another one is refused there and in `check`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._held = -1  # descriptor of the folder, while it is locked
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._held >= 0:
+            os.close(self._held)
+        self._held = -1
 
     @property
     def checkpoints(self) -> Path:
@@ -86,6 +97,8 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise SymbiosisError(f"{self.path} is a file; --out must be a folder")
+        if self.path.exists() and self._held < 0:
+            os.close(_locked(self.path))
         if resume:
             self._check_resumable()
         elif self._holds_run() and not overwrite:
@@ -97,14 +110,18 @@ class RunFolder:
     def begin(self, job: Mapping[str, Any], *, resume: bool) -> None:
         """Take the folder for a run that ``job`` describes, emptied of an earlier one.
 
-        When resuming, raises SymbiosisError that names what differs from the run in the folder.
+        Raises SymbiosisError if another process has it, and when resuming one that names what
+        differs from the run in the folder.
         """
+        with writing(self.path, resumes=resume):
+            self.path.mkdir(parents=True, exist_ok=True)
+        if self._held < 0:
+            self._held = _locked(self.path)
         if resume:
             self._check_same(job)
             return
         with writing(self.path, resumes=False):
             self._clear()
-            self.path.mkdir(parents=True, exist_ok=True)
         _write_json(self.path / "job.json", job)
 
     def last_checkpoint(self) -> Path | None:
@@ -199,6 +216,23 @@ class RunFolder:
     def _progress_lines(self) -> list[str]:
         file = self.path / "progress.jsonl"
         return file.read_text().splitlines() if file.exists() else []
+
+
+def _locked(folder: Path) -> int:
+    """A descriptor that holds ``folder`` until it is closed, or its process ends. Raises
+    SymbiosisError if somebody else holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise SymbiosisError(
+            f"another process is at work on the run in {folder}: wait for it, end it, or choose "
+            f"another --out"
+        ) from None
+    except OSError as error:  # a network's file system, perhaps
+        logger.warning("%s cannot be locked, so two runs could meet there: %s", folder, error)
+    return descriptor
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
