@@ -14,7 +14,6 @@ from symbiosis.privacy.modes import Mode, Privacy
 from symbiosis.transport.addresses import Address
 from symbiosis.transport.sockets import SocketChannel
 from symbiosis.transport.tls import Secret, Tls
-from symbiosis.waiting import sleep_at_once
 
 if TYPE_CHECKING:
     from symbiosis.executor.executor import Executor
@@ -105,16 +104,16 @@ def connect(
             helper = functools.partial(dial, str(address), tls=trusted)
         make = functools.partial(PrivateSession, privacy=chosen, helper=helper)
     opener: Opener
+    is_beside = False
     if isinstance(base, str):
         address = Address.parse(base)
         url = str(address)
-        if address.is_loopback:  # the executor wants the same cores; see also `Borrowed.begins`
-            sleep_at_once(True)
+        is_beside = address.is_loopback
         secret = None if key is None else Secret(key)
         opener = functools.partial(dial, url, key=secret, tls=tls)
     else:
         url, opener = "inproc", base.open_channel
-    return make(
+    session = make(
         opener,
         url,
         name=name,
@@ -124,3 +123,6 @@ def connect(
         retry_s=retry_s,
         trust=trust,
     )
+    if is_beside:
+        session.share_cores()
+    return session

@@ -400,7 +400,7 @@ def test_another_session_puts_nobody_to_sleep_for_long(
     with connect(url) as session:
         model = session.model()
         for _ in range(3):
-            with connect(url):  # which puts this process's threads to sleep
+            with connect(url, borrow=False):  # which puts this process's threads to sleep
                 pass
             said.clear()
             logits(model, tiny.tokens())

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from symbiosis.client.ahead import Ahead
 from symbiosis.client.borrowed import Borrowed
+from symbiosis.client.cores import Cores
 from symbiosis.client.counters import Counters, SessionStats
 from symbiosis.client.recovery import T, recover
 from symbiosis.client.trace import plain
@@ -110,6 +111,7 @@ class Session:
         self._channel_pid = 0
         self._closing = threading.Event()
         self._counters = Counters()
+        self._cores: Cores | None = None
         self._ahead = Ahead(functools.partial(_vector_id, weakref.ref(self)))
         self._fetched: dict[int, Tensor] = {}
         self._folder: Path | None = None
@@ -301,6 +303,11 @@ class Session:
                 for chain in self._ahead.plan()
             ]
 
+    def share_cores(self) -> None:
+        """The executor wants the same cores: from now on threads wait as suits both."""
+        if self.borrowed is None:
+            self._cores = Cores()
+
     def close(self) -> None:
         """Leave the executor; idempotent."""
         self._closing.set()  # who waits for a lost executor waits no longer
@@ -370,7 +377,10 @@ class Session:
             result = self._open().exchange(exchange)
         except BaseException as error:  # noqa: BLE001 (raised again)
             result = self._recover(error, lambda channel: channel.exchange(exchange))
-        self._counters.answered(exchange, result, time.perf_counter() - started_s, forward)
+        now_s = time.perf_counter()
+        self._counters.answered(exchange, result, now_s - started_s, forward)
+        if self._cores is not None:
+            self._cores.look(self._counters, now_s)
         if len(result.tensors) != (1 if op is Op.CHAIN else len(weights)):
             raise ProtocolError(f"{len(result.tensors)} results for {len(weights)} weights")
         if self._verifier is not None and op is not Op.CHAIN:
