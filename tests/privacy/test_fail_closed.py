@@ -69,6 +69,17 @@ def test_experts_are_refused_by_name(recorded, mode: str) -> None:  # type: igno
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_experts_of_their_own_are_refused_by_name(recorded, mode: str) -> None:  # type: ignore[no-untyped-def]
+    """They are ordinary linear layers, but how many rows each gets is the router's decision."""
+    session, recorder = recorded(tiny.switch(), mode)
+    with pytest.raises(PrivacyError, match=r"\.experts\.expert_\d\.wi.*nothing was sent"):
+        session.model().get_encoder()(IDS)
+    assert recorder.asked
+    names = [session.weights[w].names[0] for asked in recorder.asked for w in asked.weights]
+    assert not any(".experts." in name for name in names)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_uses_of_a_weight_without_a_form(recorded, mode: str) -> None:  # type: ignore[no-untyped-def]
     session, recorder = recorded(tiny.llama(), mode)
     model = session.model()

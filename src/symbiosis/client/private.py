@@ -10,6 +10,7 @@ Shapes: T rows, I in, O out.
 from __future__ import annotations
 
 import functools
+import re
 import weakref
 from typing import Any
 
@@ -23,6 +24,7 @@ from symbiosis.client.own_weights import OwnWeights
 from symbiosis.client.session import Opener, Session
 from symbiosis.client.trace import plain
 from symbiosis.client.verifying import Trust
+from symbiosis.client.welcome import WeightInfo
 from symbiosis.errors import PrivacyError
 from symbiosis.privacy.modes import MaskUse, Privacy, PrivacyReport, report_of
 from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Op
@@ -31,6 +33,7 @@ from symbiosis.wire.views import Recipe, View, look
 _TRANSPOSED = {(View.TRANSPOSE, 2, 0, 1), (View.TRANSPOSE, 2, 1, 0)}
 _OTHER = {Op.LINEAR: Op.MATMUL, Op.MATMUL: Op.LINEAR}
 _RESIDUES = (torch.int32, torch.int16)
+_EXPERT = re.compile(r"(^|\.)experts?(\.|$)")
 
 
 class PrivateSession(Session):
@@ -101,6 +104,8 @@ class PrivateSession(Session):
                 raise self._no_form(op, weight, "looked at in part")
             if self._masking is not None and not self._masking.has(weight):
                 raise self._no_form(op, weight)
+            if self._privacy.mode != "plain" and _is_expert(self.weights[weight]):
+                raise self._no_form(op, weight, "which some tokens alone go to")
             together = self._masking is None or self._masking.shares_input(op, weight)
             if forward and together and not x.is_inference():
                 member = (op, weight, (), NO_BIAS)
@@ -271,6 +276,11 @@ class PrivateSession(Session):
             f"{self._privacy.mode}, so nothing was sent: only products with whole matrices have "
             f"one. Use another model or method, or connect without privacy"
         )
+
+
+def _is_expert(info: WeightInfo) -> bool:
+    """Does a router decide how many tokens go through it? The rows of its exchanges would tell."""
+    return any(_EXPERT.search(name) for name in info.names)
 
 
 def _dense(session: weakref.ref[PrivateSession], weight: int) -> Tensor:
