@@ -18,7 +18,9 @@ from exchanges import exchange, weight_id
 from symbiosis import Executor, Privacy, Session, connect
 from symbiosis.errors import ConnectionLost
 from symbiosis.executor import batch, ops
+from symbiosis.executor import ring as executor_ring
 from symbiosis.executor.weights import Weights
+from symbiosis.privacy import ring
 from symbiosis.privacy.fixed import from_fixed, to_fixed
 from symbiosis.privacy.masks import MaskName, MaskStream, expand
 from symbiosis.privacy.pool import Mask, MaskPool, Site
@@ -46,6 +48,17 @@ def test_a_mask_is_the_stream_of_its_name(bits: int, shape: tuple[int, int]) -> 
         found.contiguous().view(torch.uint8).numpy().tobytes()
         == cipher.update(b"".join(blocks))[:wanted]
     )
+
+
+@given(bits_of, st.integers(1, 9), st.integers(1, 9), st.data())
+def test_rows_of_a_mask_are_those_of_the_whole(
+    bits: int, rows: int, width: int, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, rows))
+    stop = data.draw(st.integers(start, rows))
+    whole = expand(MaskName(KEY, 7), rows, width, bits)
+    found = expand(MaskName(KEY, 7), stop - start, width, bits, start)
+    assert torch.equal(found, whole[start:stop])
 
 
 def test_other_names_are_other_masks() -> None:
@@ -372,10 +385,38 @@ def test_rows_of_several_clients_are_computed_together(masked_base: Executor) ->
         alone = [batch.compute([one], weights)[0][0] for one in asked]
         for found, wanted in zip(batch.compute(asked, weights), alone, strict=True):
             assert torch.equal(found[0], wanted)
-        pieces = batch.Pieces(asked[2])
+        pieces = batch.Pieces(asked[2], 5)
         for start, stop in ((0, 2), (2, 5)):
             pieces.add(start, batch.compute([pieces.exchange(start, stop)], weights)[0])
         assert torch.equal(pieces.results()[0], alone[2])
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_many_rows_are_computed_in_blocks(
+    masked_base: Executor, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    """With the same bytes, and what lies between input and result does not grow with the rows."""
+    weights = masked_base.weights
+    numbers = (weight_id(weights, "linear.weight"), weight_id(weights, "one.weight"))
+    key = torch.frombuffer(bytearray(KEY), dtype=torch.uint8)
+    residues = to_wire(expand(MaskName(KEY, 9), 20, 37, bits))
+    asked = [
+        exchange(Op.RING_LINEAR, numbers, residues),
+        exchange(Op.RING_MASK, numbers, key, params=(int(Op.RING_LINEAR), bits, 20, 9)),
+    ]
+    whole = [ops.run(each, weights, each.tensors) for each in asked]
+    blocks: list[int] = []
+
+    def product(w: Tensor, u: Tensor) -> Tensor:
+        blocks.append(len(u))
+        return ring_product(w, u)
+
+    monkeypatch.setattr(executor_ring, "ring_product", product)
+    monkeypatch.setattr(ring, "_BLOCK_RESIDUES", 3 * 37)
+    for each, wanted in zip(asked, whole, strict=True):
+        found = ops.run(each, weights, each.tensors)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert set(blocks) == {2, 3}
 
 
 def test_a_helper_answers_with_the_products_of_the_mask(masked_base: Executor) -> None:

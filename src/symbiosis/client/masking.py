@@ -26,6 +26,7 @@ from symbiosis.privacy.pool import Mask, MaskPool, Site
 from symbiosis.privacy.ring import (
     WORDS,
     RingWeight,
+    by_rows,
     centred,
     from_wire,
     quantise,
@@ -99,8 +100,12 @@ class MaskProducts:
     def compute(self, site: Site, mask: Mask) -> tuple[Tensor, ...]:
         """See `symbiosis.privacy.pool.Products`."""
         found = [self._kept[weight].numbers for weight in site.weights]
-        forward = site.op is Op.RING_LINEAR
-        return tuple(ring_product(w if forward else w.t(), mask.numbers) for w in found)
+        matrices = [w if site.op is Op.RING_LINEAR else w.t() for w in found]
+
+        def block(start: int, stop: int) -> list[Tensor]:
+            return [ring_product(w, mask.numbers[start:stop]) for w in matrices]
+
+        return tuple(by_rows(site.rows, max(site.width, site.outputs), block))
 
     def close(self) -> None:
         self._kept.clear()
