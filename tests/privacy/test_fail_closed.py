@@ -277,11 +277,55 @@ def test_the_folder_of_another_model(serve: Serve, tmp_path: Path) -> None:
     tiny.llama(seed=1).save_pretrained(tmp_path / "weights")
     privacy = Privacy(mode="masked-local", weights=tmp_path / "weights")
     with connect(url, privacy=privacy) as session:
-        with pytest.raises(PrivacyError, match=r"q_proj\.weight .*digests differ"):
+        with pytest.raises(PrivacyError, match=r"embed_tokens\.weight .*digests differ"):
             session.model()(IDS)
+        with pytest.raises(PrivacyError, match=r"q_proj\.weight .*digests differ"):
+            session.model().model.layers[0].self_attn.q_proj(torch.ones(1, 32))
         assert session.stats().exchanges == 0
     save_file({"model.embed_tokens.weight": torch.ones(3, 3)}, tmp_path / "weights/x.safetensors")
     with connect(url, privacy=privacy) as session, pytest.raises(PrivacyError, match="the shape"):
+        session.model()(IDS)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_folder_whose_embedding_is_another(serve: Serve, tmp_path: Path, mode: str) -> None:
+    """Another release of the same model: in every mode, pinned or not; wrong text, unnoticed."""
+    _, url = serve(tiny.llama(), masked=(8,))
+    _, helper = serve(tiny.llama(), masked=(8,))
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(2)
+    model.save_pretrained(tmp_path / "weights")
+    split = helper if mode == "masked-split" else None
+    privacy = Privacy(mode=mode, helper=split, weights=tmp_path / "weights")  # type: ignore[arg-type]
+    pinned = None
+    for _ in range(2):
+        with connect(url, privacy=privacy, expect_digest=pinned) as session:
+            pinned = session.digest
+            with pytest.raises(PrivacyError, match=r"embed_tokens\.weight .*digests differ"):
+                session.model()(IDS)
+            assert session.stats().exchanges == 0
+
+
+def test_the_digests_of_another_model(serve: Serve, tmp_path: Path) -> None:
+    _, url = serve(tiny.llama(), masked=(8,))
+    tiny.llama().save_pretrained(tmp_path / "weights")
+    _, other = serve(tiny.llama(seed=1))
+    privacy = Privacy(mode="masked-local", weights=tmp_path / "weights")
+    with connect(url, privacy=privacy) as session, connect(other) as second:
+        listed = second._request({"get": "digest"})
+        ask = session._request
+        session._request = lambda q: listed if q == {"get": "digest"} else ask(q)
+        with pytest.raises(ModelError, match="digests of another model"):
+            session.model()(IDS)
+
+
+def test_a_folder_that_lacks_a_weight(serve: Serve, tmp_path: Path) -> None:
+    _, url = serve(tiny.llama(), masked=(8,), fetch="deny")
+    save_file({"model.norm.weight": torch.ones(32)}, tmp_path / "x.safetensors")
+    privacy = Privacy(mode="masked-local", weights=tmp_path)
+    lacking = r"embed_tokens.*lacks it, give a folder with the whole"
+    with connect(url, privacy=privacy) as session, pytest.raises(PrivacyError, match=lacking):
         session.model()(IDS)
 
 
