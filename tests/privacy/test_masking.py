@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from exchanges import exchange, weight_id
 from symbiosis import Executor, Privacy, Session, connect
+from symbiosis.client import masking
+from symbiosis.client.masking import MaskProducts
+from symbiosis.client.own_weights import OwnWeights
 from symbiosis.errors import ConnectionLost
 from symbiosis.executor import batch, ops
 from symbiosis.executor import ring as executor_ring
@@ -232,8 +237,64 @@ def test_a_closed_pool_leaves_nobody_waiting() -> None:
     pool._stop()
     with pytest.raises(ConnectionLost, match="closed"):
         second.products()
+    with pytest.raises(ConnectionLost, match="closed"):
+        first.products()  # which a helper may never complete
+    third = pool.take(site())
+    with pytest.raises(ConnectionLost, match="closed"):
+        third.products()
     release.set()
-    assert first.products() == ()
+
+
+def test_what_is_not_wanted_any_more_is_not_computed_on(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    source = MaskProducts({}, OwnWeights(None), 8)
+    source._kept[1] = quantise(torch.ones(5, 3), 0, 8)
+    mask = Mask(MaskStream().next(), site(rows=9))
+    blocks: list[int] = []
+
+    def product(w: Tensor, u: Tensor) -> Tensor:
+        blocks.append(len(u))
+        mask.give_up(ConnectionLost("closed"))
+        return ring_product(w, u)
+
+    monkeypatch.setattr(masking, "ring_product", product)
+    monkeypatch.setattr(ring, "_BLOCK_RESIDUES", 2 * 5)
+    with pytest.raises(ConnectionLost):
+        source.compute(mask.site, mask)
+    assert blocks == [2]
+
+
+AT_WORK = """
+import threading, torch
+torch.set_num_threads(1)
+from symbiosis.client.masking import MaskProducts
+from symbiosis.client.own_weights import OwnWeights
+from symbiosis.privacy.pool import MaskPool, Site
+from symbiosis.privacy.ring import quantise
+from symbiosis.wire.exchange import Op
+
+source = MaskProducts({}, OwnWeights(None), 8)
+source._kept[1] = quantise(torch.ones(2048, 2048), 0, 8)
+second = threading.Semaphore(0)
+
+def compute(site, mask):
+    second.release()
+    return source.compute(site, mask)
+
+pool = MaskPool(compute, 1 << 40)
+pool.take(Site(Op.RING_LINEAR, (1,), 4, 2048, 2048, 8)).products()
+pool.take(Site(Op.RING_LINEAR, (1,), 100_000, 2048, 2048, 8))
+for _ in range(3):  # the third is the large one
+    second.acquire()
+print("done", flush=True)
+"""
+
+
+def test_a_process_that_ends_while_masks_are_multiplied() -> None:
+    """Without close(): a thread within torch would abort it, with a core and exit code -6."""
+    ended = subprocess.run(
+        [sys.executable, "-c", AT_WORK], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
 
 
 # Through a real executor

@@ -103,6 +103,7 @@ class MaskProducts:
         matrices = [w if site.op is Op.RING_LINEAR else w.t() for w in found]
 
         def block(start: int, stop: int) -> list[Tensor]:
+            mask.check_wanted()
             return [ring_product(w, mask.numbers[start:stop]) for w in matrices]
 
         return tuple(by_rows(site.rows, max(site.width, site.outputs), block))

@@ -10,6 +10,7 @@ Shapes: T rows, I in, O out.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import weakref
 from collections import OrderedDict, deque
@@ -44,7 +45,8 @@ class Site(NamedTuple):
 
 
 Products = Callable[[Site, "Mask"], tuple[Tensor, ...]]
-"""The products (T, O) of a mask with a site's weights. Called by the pool's thread."""
+"""The products (T, O) of a mask with a site's weights. Called by the pool's thread; what takes long
+leaves off when the mask has been given up, see `Mask.check_wanted`."""
 
 
 class Mask:
@@ -74,15 +76,22 @@ class Mask:
     def complete(self, compute: Products) -> None:
         """Compute the products; a failure is kept for who waits for them."""
         try:
-            self._products = compute(self.site, self)
+            found: tuple[Tensor, ...] | BaseException = compute(self.site, self)
         except BaseException as error:  # noqa: BLE001 - raised where the products are asked for
-            self._products = error
-        self._done.set()
+            found = error
+        if not self._done.is_set():  # given up meanwhile
+            self._products = found
+            self._done.set()
 
     def give_up(self, why: BaseException) -> None:
         """Nobody will complete it."""
         self._products = why
         self._done.set()
+
+    def check_wanted(self) -> None:
+        """Raises ConnectionLost if it was given up: there is no need to compute on."""
+        if self._done.is_set():
+            raise _closed()
 
     def products(self) -> tuple[Tensor, ...]:
         """Wait for the products; raises what their computation raised."""
@@ -168,6 +177,9 @@ class _Worker:
     def now(self, mask: Mask) -> None:
         """Somebody waits for it."""
         with self._changed:
+            if self._stopped:
+                mask.give_up(_closed())
+                return
             if mask in self._todo:
                 self._todo.remove(mask)
             elif mask is self._running or mask.is_complete:
@@ -186,17 +198,19 @@ class _Worker:
                 self._todo.remove(mask)
 
     def stop(self) -> None:
-        """Begin no more; whoever waits is told so."""
+        """Begin no more and leave off; whoever waits is told so."""
         if self._generation != generation():  # a child: the thread, and perhaps its lock, is not
             return
         with self._changed:
             self._stopped = True
+            if self._running is not None:
+                self._running.give_up(_closed())
             while self._todo:
-                self._todo.popleft().give_up(ConnectionLost("the session was closed"))
+                self._todo.popleft().give_up(_closed())
             self._changed.notify()
 
     def join(self) -> None:
-        """Wait for the mask that is being completed, but not for a helper that is stuck."""
+        """Wait until the thread has left off, but not for a helper that is stuck."""
         if self._thread is not None and self._generation == generation():
             self._thread.join(_PATIENCE_S)
 
@@ -204,6 +218,7 @@ class _Worker:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="symbiosis-masks", daemon=True)
             self._thread.start()
+            _at_work.add(self)
         self._changed.notify()
 
     def _run(self) -> None:
@@ -217,3 +232,18 @@ class _Worker:
                 mask = self._running = self._todo.popleft()
             mask.complete(self._compute)
             del mask
+
+
+_at_work: weakref.WeakSet[_Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_off() -> None:
+    """A thread within torch when the interpreter ends would abort the process."""
+    for worker in list(_at_work):
+        worker.stop()
+        worker.join()
+
+
+def _closed() -> ConnectionLost:
+    return ConnectionLost("the session was closed")
