@@ -192,13 +192,67 @@ def test_a_mask_is_prepared_for_the_next_use() -> None:
     assert pool.use.dropped == 1
 
 
-def test_the_pool_keeps_within_its_bytes() -> None:
+def take_all(pool: MaskPool, sites: range, rounds: int) -> int:
+    """Each site in turn; how many masks were prepared, if each had the time to be."""
+    before = pool.use.prepared
+    for _ in range(rounds):
+        for weight in sites:
+            pool.take(site(weight=weight)).products()
+            for waiting in pool._waiting.values():
+                waiting.products()
+            assert sum(each.num_bytes for each in pool._waiting) <= pool._ahead_bytes
+    return pool.use.prepared - before
+
+
+@pytest.mark.parametrize("room", [0, 1, 4, 9, 10, 11])
+def test_a_pool_that_is_too_small_prepares_what_it_has_room_for(room: int) -> None:
+    pool = MaskPool(of_numbers, room * site().num_bytes)
+    assert take_all(pool, range(10), 6) == 5 * min(room, 10)
+    assert pool.use.dropped == 0  # and computes none in vain
+    pool.close()
+
+
+def test_what_is_not_used_any_more_makes_room() -> None:
+    """After a prompt's sites come those of its tokens."""
+    pool = MaskPool(of_numbers, 10 * site().num_bytes)
+    take_all(pool, range(10), 2)
+    assert take_all(pool, range(20, 30), 4) == 9 + 10  # from the third round on
+    assert pool.use.dropped == 10
+    assert take_all(pool, range(20, 30), 2) == 20
+    pool.close()
+
+
+def test_sites_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("symbiosis.privacy.pool._MOST_SITES", 5)
     pool = MaskPool(of_numbers, 3 * site().num_bytes)
-    for weight in range(10):
-        pool.take(site(weight=weight))
-        assert sum(each.num_bytes for each in pool._waiting) <= 3 * site().num_bytes
-    assert [each.weights for each in pool._waiting] == [(7,), (8,), (9,)]
-    assert pool.use.dropped == 7
+    take_all(pool, range(100), 1)
+    assert len(pool._taken) == 5
+    take_all(pool, range(4), 3)
+    assert take_all(pool, range(4), 1) == 3
+    pool.close()
+
+
+def test_a_failure_ahead_is_nobody_elses() -> None:
+    """A helper was away while masks were prepared; when they are needed, it is back."""
+    away = False
+
+    def compute(site: Site, mask: Mask) -> tuple[Tensor, ...]:
+        if away:
+            raise ConnectionLost("the helper has gone")
+        return of_numbers(site, mask)
+
+    pool = MaskPool(compute, 1 << 20)
+    away = True
+    for weight in range(3):
+        with pytest.raises(ConnectionLost):
+            pool.take(site(weight=weight)).products()
+        with pytest.raises(ConnectionLost):
+            pool._waiting[site(weight=weight)].products()
+    away = False
+    for weight in range(3):
+        mask = pool.take(site(weight=weight))
+        assert torch.equal(mask.products()[0], of_numbers(mask.site, mask)[0])
+    assert (pool.use.used, pool.use.prepared, pool.use.dropped) == (6, 0, 3)
     pool.close()
 
 

@@ -26,6 +26,7 @@ from symbiosis.privacy.ring import WORDS
 from symbiosis.wire.exchange import Op
 
 _PATIENCE_S = 5.0
+_MOST_SITES = 1 << 14  # of which is known when they were used last
 
 
 class Site(NamedTuple):
@@ -83,6 +84,10 @@ class Mask:
             self._products = found
             self._done.set()
 
+    @property
+    def has_failed(self) -> bool:
+        return self.is_complete and isinstance(self._products, BaseException)
+
     def give_up(self, why: BaseException) -> None:
         """Nobody will complete it."""
         self._products = why
@@ -118,11 +123,13 @@ class MaskPool:
         if self._generation != generation():
             self._start()
         mask = self._waiting.pop(site, None)
-        if mask is None:
-            mask = Mask(self._stream.next(), site)
-        else:
+        if mask is not None:
             self._bytes -= site.num_bytes
-            self._prepared += mask.is_complete
+            if mask.has_failed:  # a helper was away: it may be back
+                self._dropped += 1
+                mask = None
+        self._prepared += mask is not None and mask.is_complete
+        mask = mask or Mask(self._stream.next(), site)
         self._used += 1
         if not mask.is_complete:
             self._worker.now(mask)
@@ -143,22 +150,37 @@ class MaskPool:
 
     def _start(self) -> None:
         self._generation = generation()
-        self._waiting: OrderedDict[Site, Mask] = OrderedDict()  # the least recently used first
+        self._waiting: OrderedDict[Site, Mask] = OrderedDict()  # the one taken longest ago first
+        self._taken: OrderedDict[Site, int] = OrderedDict()  # when last, counted in masks; likewise
         self._bytes = 0
         self._worker = _Worker(self._compute)
         self._stop = weakref.finalize(self, self._worker.stop)
 
     def _prepare(self, site: Site) -> None:
+        """Begin the next mask for a site, if there is room or others have been passed over."""
+        before = self._taken.pop(site, None)
+        self._taken[site] = self._used
+        if len(self._taken) > _MOST_SITES:
+            self._taken.popitem(last=False)
         if site.num_bytes > self._ahead_bytes:
             return
-        while self._bytes + site.num_bytes > self._ahead_bytes:
-            _, mask = self._waiting.popitem(last=False)
+        self._make_room(site.num_bytes, 0 if before is None else self._used - before)
+        if self._bytes + site.num_bytes <= self._ahead_bytes:
+            self._waiting[site] = mask = Mask(self._stream.next(), site)
+            self._bytes += site.num_bytes
+            self._worker.later(mask)
+
+    def _make_room(self, num_bytes: int, round_: int) -> None:
+        """Drop what nobody has come for in two rounds, if ``round_`` masks after its last use a
+        site is back. What is used in turn stays: dropping the one for the other would help none."""
+        while round_ and self._bytes + num_bytes > self._ahead_bytes and self._waiting:
+            site, mask = next(iter(self._waiting.items()))
+            if self._used - self._taken.get(site, 0) <= 2 * round_:
+                return
+            del self._waiting[site]
             self._worker.forget(mask)
-            self._bytes -= mask.site.num_bytes
+            self._bytes -= site.num_bytes
             self._dropped += 1
-        self._waiting[site] = mask = Mask(self._stream.next(), site)
-        self._bytes += site.num_bytes
-        self._worker.later(mask)
 
 
 class _Worker:
