@@ -3,6 +3,7 @@ that is sent something else on a masked session ends it."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from raw import RawClient
 from symbiosis import Executor, Privacy, Session, connect
 from symbiosis.errors import ConnectionLost, ModelError, PrivacyError, ProtocolError
 from symbiosis.executor import ring
-from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Op
+from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Exchange, Op, Priority
 from symbiosis.wire.frames import Kind
 
 IDS = tiny.tokens()
@@ -246,6 +247,57 @@ def test_a_helper_that_has_gone_is_an_error_and_nothing_more(recorded) -> None: 
         with pytest.raises(ConnectionLost):
             model.generate(IDS, max_new_tokens=3)
     check_nothing_open(recorder, "masked-split")
+
+
+def test_closing_does_not_wait_for_a_helper_that_has_gone(serve: Serve) -> None:
+    _, url = serve(tiny.llama(), masked=(8,))
+    helper, helper_url = serve(tiny.llama(), masked=(8,))
+    privacy = Privacy(mode="masked-split", helper=helper_url)
+    session = connect(url, privacy=privacy, retry_s=3600)
+    model = session.model()
+    model(IDS)
+    waits = threading.Event()
+    wait = session._masking._source._helper._closing.wait
+    session._masking._source._helper._closing.wait = lambda s: waits.set() or wait(s)
+    helper.close()
+    found: list[object] = []
+
+    def ask() -> None:
+        try:
+            model(tiny.tokens(2, 5))
+        except ConnectionLost as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert waits.wait(60)
+    session.close()
+    thread.join(60)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("priority", ["auto", "training", "interactive"])
+def test_a_helper_knows_who_waits(serve: Serve, priority: str) -> None:
+    """The masks of a fine-tuning job must not go before the helper's decoders."""
+    _, url = serve(tiny.llama(), masked=(8,))
+    helper, helper_url = serve(tiny.llama(), masked=(8,))
+    asked: list[Priority] = []
+    submit = helper._engine.submit
+
+    def noted(client: int, one: Exchange, *rest: object) -> None:
+        asked.append(one.priority)
+        submit(client, one, *rest)  # type: ignore[arg-type]
+
+    helper._engine.submit = noted  # type: ignore[method-assign]
+    privacy = Privacy(mode="masked-split", helper=helper_url, ahead=0)
+    with connect(url, privacy=privacy, priority=priority) as session:  # type: ignore[arg-type]
+        model = session.model()
+        for record in (True, False):
+            asked.clear()
+            with torch.set_grad_enabled(record):
+                model(IDS)
+            training = priority == "training" or (priority == "auto" and record)
+            assert set(asked) == {Priority.TRAINING if training else Priority.INTERACTIVE}
 
 
 @pytest.mark.parametrize("mode", ["masked-local", "noise"])

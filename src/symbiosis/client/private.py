@@ -137,6 +137,9 @@ class PrivateSession(Session):
 
     def close(self) -> None:
         """See `Session.close`; masks that were prepared are dropped."""
+        self._closing.set()
+        if self._masking is not None:
+            self._masking.stop()  # who has the lock may wait for a helper
         super().close()
         if self._masking is not None:
             self._masking.close()
@@ -172,7 +175,7 @@ class PrivateSession(Session):
             rows = F.pad(rows, (0, 0, 0, size - count))
         send = functools.partial(self._send_rows, forward, recording)
         if self._masking is not None:
-            found = self._masking.products(self, op, weights, rows, send)
+            found = self._masking.products(self, op, weights, rows, send, recording)
         elif self._noise is not None:
             found = self._noise.products(op, weights, rows, send)
         else:
@@ -255,7 +258,7 @@ class PrivateSession(Session):
             helper,
             privacy.helper,
             name=str(self._hello["client"]),
-            priority="interactive",
+            priority=self._priority,
             retry_s=self._retry_s,
             masked=privacy.bits,
         )

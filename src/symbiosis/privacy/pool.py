@@ -53,9 +53,11 @@ leaves off when the mask has been given up, see `Mask.check_wanted`."""
 class Mask:
     """One mask, with the products that are subtracted from the answer. Any thread."""
 
-    def __init__(self, name: MaskName, site: Site) -> None:
+    def __init__(self, name: MaskName, site: Site, recording: bool = False) -> None:
+        """``recording``: for training, as far as is known when it is begun."""
         self.name = name
         self.site = site
+        self.recording = recording
         self._lock = threading.Lock()
         self._numbers: Tensor | None = None
         self._done = threading.Event()
@@ -118,8 +120,9 @@ class MaskPool:
         self._used = self._prepared = self._dropped = 0
         self._start()
 
-    def take(self, site: Site) -> Mask:
-        """A mask that nobody has had and nobody will have again."""
+    def take(self, site: Site, recording: bool = False) -> Mask:
+        """A mask that nobody has had and nobody will have again. ``recording``: for training, and
+        so will be the next one for this site."""
         if self._generation != generation():
             self._start()
         mask = self._waiting.pop(site, None)
@@ -129,19 +132,23 @@ class MaskPool:
                 self._dropped += 1
                 mask = None
         self._prepared += mask is not None and mask.is_complete
-        mask = mask or Mask(self._stream.next(), site)
+        mask = mask or Mask(self._stream.next(), site, recording)
         self._used += 1
         if not mask.is_complete:
             self._worker.now(mask)
-        self._prepare(site)
+        self._prepare(site, recording)
         return mask
 
     @property
     def use(self) -> MaskUse:
         return MaskUse(self._used, self._prepared, self._dropped)
 
+    def stop(self) -> None:
+        """No more masks are prepared, and nobody waits for one. From any thread; idempotent."""
+        self._stop()
+
     def close(self) -> None:
-        """No more masks are prepared, and nobody waits for one; idempotent."""
+        """`stop`, and wait until that is so; idempotent."""
         self._dropped += len(self._waiting)
         self._waiting.clear()
         self._bytes = 0
@@ -156,7 +163,7 @@ class MaskPool:
         self._worker = _Worker(self._compute)
         self._stop = weakref.finalize(self, self._worker.stop)
 
-    def _prepare(self, site: Site) -> None:
+    def _prepare(self, site: Site, recording: bool) -> None:
         """Begin the next mask for a site, if there is room or others have been passed over."""
         before = self._taken.pop(site, None)
         self._taken[site] = self._used
@@ -166,7 +173,7 @@ class MaskPool:
             return
         self._make_room(site.num_bytes, 0 if before is None else self._used - before)
         if self._bytes + site.num_bytes <= self._ahead_bytes:
-            self._waiting[site] = mask = Mask(self._stream.next(), site)
+            self._waiting[site] = mask = Mask(self._stream.next(), site, recording)
             self._bytes += site.num_bytes
             self._worker.later(mask)
 
