@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from recorder import Recorder
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from transformers import PreTrainedModel
 
 import raw
@@ -379,6 +379,28 @@ def test_a_folder_that_lacks_a_weight(serve: Serve, tmp_path: Path) -> None:
     lacking = r"embed_tokens.*lacks it, give a folder with the whole"
     with connect(url, privacy=privacy) as session, pytest.raises(PrivacyError, match=lacking):
         session.model()(IDS)
+
+
+@pytest.mark.parametrize("told", ["scales", "norms"])
+@pytest.mark.parametrize("own", [True, False])
+def test_told_scales_and_norms_are_those_of_the_integers(
+    serve: Serve, tmp_path: Path, told: str, own: bool
+) -> None:
+    """With the right digest: the answers would be wrong, and wrap around with small norms."""
+    executor, url = serve(tiny.llama(), masked=(8,))
+    tiny.llama().save_pretrained(tmp_path / "weights")
+    facts, scales = executor.weights.ring_facts[8]
+    if told == "scales":
+        scales = save({name: 3 * value for name, value in load(scales).items()})
+    else:
+        weights = [{**w, "norms": [n / 1e4 for n in w["norms"]]} for w in facts["weights"]]  # type: ignore[attr-defined]
+        facts = {**facts, "weights": weights}  # type: ignore[dict-item]
+    executor.weights.ring_facts[8] = facts, scales
+    privacy = Privacy(mode="masked-local", weights=tmp_path / "weights" if own else None)
+    with connect(url, privacy=privacy) as session:
+        with pytest.raises(PrivacyError, match=r"other scales or norms of .*proj"):
+            session.model()(IDS)
+        assert session.stats().exchanges == 0
 
 
 def test_a_folder_without_weights(serve: Serve, tmp_path: Path) -> None:

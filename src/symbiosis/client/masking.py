@@ -125,6 +125,11 @@ class MaskProducts:
                 f"masks would not come off. Give the folder of the model that is hosted, in the "
                 f"dtype that it is hosted in"
             )
+        if made.norms != fact.norms or not torch.equal(made.scales, fact.scales):
+            raise PrivacyError(
+                f"{session.url} tells other scales or norms of {info.names[0]} than its integers "
+                f"have: answers would be wrong. Do not use this executor"
+            )
         return made
 
 
