@@ -19,7 +19,7 @@ import tiny
 from exchanges import exchange, weight_id
 from raw import RawClient
 from symbiosis import Executor, Privacy, Session, connect
-from symbiosis.errors import ConnectionLost, ModelError, PrivacyError, ProtocolError
+from symbiosis.errors import ConnectionLost, InvalidInput, ModelError, PrivacyError, ProtocolError
 from symbiosis.executor import ring
 from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Exchange, Op, Priority
 from symbiosis.wire.frames import Kind
@@ -116,6 +116,17 @@ def test_transposes_are_the_other_product(recorded) -> None:  # type: ignore[no-
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(x @ weight.t(), torch.nn.functional.linear(x, weight))
     check_nothing_open(recorder, "masked-local")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("op", [Op.LINEAR, Op.MATMUL])
+@pytest.mark.parametrize("forward", [True, False])
+def test_an_input_of_another_width(recorded, mode: str, op: Op, forward: bool) -> None:  # type: ignore[no-untyped-def]
+    session, recorder = recorded(tiny.llama(), mode)
+    (up,) = (id for id, w in session.weights.items() if "0.mlp.up_proj" in w.names[0])
+    with pytest.raises(InvalidInput, match=r"up_proj\.weight: it takes \d\d inputs, not 31"):
+        session.product(op, torch.ones(2, 31), up, (), NO_BIAS, forward=forward)
+    assert recorder.asked == []
 
 
 # The executor
@@ -229,6 +240,13 @@ def test_a_helper_must_not_be_the_executor(serve: Serve) -> None:
     _, url = serve(tiny.llama(), masked=(8,))
     with pytest.raises(PrivacyError, match="helper is the executor itself"):
         connect(url, privacy=Privacy(mode="masked-split", helper=url))
+
+
+def test_a_helper_must_not_be_the_executor_by_another_name(serve: Serve, tmp_path: Path) -> None:
+    _, url = serve(tiny.llama(), masked=(8,))
+    itself = "helper is the executor itself .*other address"
+    with Recorder(tmp_path, url) as recorder, pytest.raises(PrivacyError, match=itself):
+        connect(url, privacy=Privacy(mode="masked-split", helper=recorder.url), arena_bytes=0)
 
 
 def test_a_helper_must_host_the_same_weights(serve: Serve) -> None:

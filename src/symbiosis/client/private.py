@@ -25,7 +25,7 @@ from symbiosis.client.session import Opener, Session
 from symbiosis.client.trace import plain
 from symbiosis.client.verifying import Trust
 from symbiosis.client.welcome import WeightInfo
-from symbiosis.errors import PrivacyError
+from symbiosis.errors import InvalidInput, PrivacyError
 from symbiosis.privacy.modes import MaskUse, Privacy, PrivacyReport, report_of
 from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Op
 from symbiosis.wire.views import Recipe, View, look
@@ -166,6 +166,8 @@ class PrivateSession(Session):
         """Products of ``x`` (..., I), flattened to rows, in the size of their bucket, and under
         the mode's cover."""
         shape, dtype, device = x.shape[:-1], x.dtype, x.device
+        if self._privacy.mode != "plain":
+            self._check_width(op, weights, x.shape[-1])
         rows = x.reshape(-1, x.shape[-1]).cpu()
         count = rows.shape[0]
         if not count:
@@ -250,10 +252,7 @@ class PrivateSession(Session):
         assert helper is not None
         assert privacy.helper is not None
         if privacy.helper == self.url:
-            raise PrivacyError(
-                f"the helper is the executor itself ({self.url}): it would know every mask. "
-                f"masked-split needs a second executor, of another operator"
-            )
+            raise _helps_itself(self.url)
         second = Session(
             helper,
             privacy.helper,
@@ -263,11 +262,21 @@ class PrivateSession(Session):
             masked=privacy.bits,
         )
         try:
+            if second.welcome.get("instance", 0) == self.welcome.get("instance", 1):
+                raise _helps_itself(f"{self.url}, by the other address {privacy.helper}")
             source = HelperProducts(second, facts, privacy.bits)
         except BaseException:
             second.close()
             raise
         return Masking(facts, source, privacy.bits, privacy.ahead)
+
+    def _check_width(self, op: Op, weights: tuple[int, ...], width: int) -> None:
+        """As an executor would, which is asked for other things. Raises InvalidInput."""
+        for info in map(self.weights.__getitem__, weights):
+            if (takes := info.shape[1 if op is Op.LINEAR else 0]) != width:
+                raise InvalidInput(
+                    f"{op.name.lower()} on {info.names[0]}: it takes {takes} inputs, not {width}"
+                )
 
     def _outputs(self, op: Op, weight: int) -> int:
         return self.weights[weight].shape[0 if op is Op.LINEAR else 1]
@@ -279,6 +288,13 @@ class PrivateSession(Session):
             f"{self._privacy.mode}, so nothing was sent: only products with whole matrices have "
             f"one. Use another model or method, or connect without privacy"
         )
+
+
+def _helps_itself(where: str) -> PrivacyError:
+    return PrivacyError(
+        f"the helper is the executor itself ({where}): it would know every mask. masked-split "
+        f"needs a second executor, of another operator"
+    )
 
 
 def _is_expert(info: WeightInfo) -> bool:
