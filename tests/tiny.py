@@ -13,6 +13,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
 )
 
 VOCABULARY = 96
@@ -74,6 +76,26 @@ def mixtral() -> MixtralForCausalLM:
         **_IDS,
     )
     return _filled(MixtralForCausalLM, config, 0)
+
+
+def switch() -> SwitchTransformersForConditionalGeneration:
+    """Four experts that are linear layers of their own, in every second layer."""
+    config = SwitchTransformersConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_sparse_encoder_layers=1,
+        num_decoder_layers=2,
+        num_sparse_decoder_layers=1,
+        num_heads=4,
+        num_experts=4,
+        router_jitter_noise=0.0,
+        decoder_start_token_id=0,
+        **_IDS,
+    )
+    return _filled(SwitchTransformersForConditionalGeneration, config, 0)
 
 
 BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {

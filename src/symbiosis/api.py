@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 from symbiosis.client.private import PrivateSession
 from symbiosis.client.session import Opener, PriorityName, Session
 from symbiosis.client.verifying import Trust
+from symbiosis.errors import PrivacyError
 from symbiosis.privacy.modes import Mode, Privacy
 from symbiosis.transport.addresses import Address
+from symbiosis.transport.channel import Channel
 from symbiosis.transport.sockets import SocketChannel
 from symbiosis.transport.tls import Secret, Tls
 
@@ -37,6 +39,8 @@ def connect(
     verify: float = 0.0,
     weights: str | None = None,
     privacy: Mode | Privacy | None = None,
+    helper_key: str | None = None,
+    helper_tls: Tls | None = None,
 ) -> Session:
     """Open a session with the executor at ``base``.
 
@@ -74,8 +78,9 @@ def connect(
 
     ``privacy`` hides what is sent from whoever runs the executor: ``plain`` (nothing is hidden),
     ``masked-local``, or a `symbiosis.Privacy` that says more; `Session.privacy_report` says what
-    that promises. A helper that it names is trusted by ``tls.ca`` too; ``key`` and certificate
-    never go there.
+    that promises. ``helper_key`` and ``helper_tls`` are for a helper that it names what ``key`` and
+    ``tls`` are for the executor, which never go there; by default the helper's certificate may come
+    from ``tls.ca`` too. Beyond the host a helper must be at tls://, for it is told the masks' keys.
 
     A client on the executor's host shares its cores: from now on this process's OpenMP threads
     sleep while they wait, or stay awake where weights are lent and nobody else is at work; see
@@ -86,6 +91,8 @@ def connect(
     """
     trust = Trust.of(expect_digest, verify, weights)
     chosen = Privacy.of(privacy)
+    if chosen.helper is None and (helper_key is not None or helper_tls is not None):
+        raise ValueError("helper_key= and helper_tls= are for the helper of masked-split: name one")
     dial = functools.partial(
         SocketChannel,
         timeout_s=timeout_s,
@@ -99,9 +106,7 @@ def connect(
         if chosen.helper is not None:
             address = Address.parse(chosen.helper)
             chosen = replace(chosen, helper=str(address))
-            # Of another operator, who is told nothing that is meant for the executor's.
-            trusted = None if tls is None or not address.is_tls else Tls(ca=tls.ca)
-            helper = functools.partial(dial, str(address), tls=trusted)
+            helper = _helper(dial, address, tls, helper_key, helper_tls)
         make = functools.partial(PrivateSession, privacy=chosen, helper=helper)
     opener: Opener
     is_beside = False
@@ -126,3 +131,23 @@ def connect(
     if is_beside:
         session.share_cores()
     return session
+
+
+def _helper(
+    dial: Callable[..., Channel],
+    address: Address,
+    tls: Tls | None,
+    helper_key: str | None,
+    helper_tls: Tls | None,
+) -> Opener:
+    """Opens channels to another operator's executor, who is told nothing that is meant for the
+    first one's. Raises PrivacyError where the keys of masks could be read on the way."""
+    if not address.is_tls and not address.is_loopback:
+        raise PrivacyError(
+            f"the keys of the masks are not sent to {address}, where everybody on the way could "
+            f"read them and take the masks off: use a helper at tls://{address.host}:{address.port}"
+        )
+    if helper_tls is None and tls is not None and address.is_tls:
+        helper_tls = Tls(ca=tls.ca)
+    secret = None if helper_key is None else Secret(helper_key)
+    return functools.partial(dial, str(address), key=secret, tls=helper_tls)

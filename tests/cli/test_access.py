@@ -12,6 +12,8 @@ import pytest
 
 from certificates import make
 from command_line import Outcome, finish, run, start
+from symbiosis import Executor
+from symbiosis.executor import keystore
 
 Call = Callable[..., Outcome]
 
@@ -134,3 +136,23 @@ def test_a_key_file_holds_one_key(call: Call, tmp_path: Path, content: str) -> N
         "cannot read the key"
         in call("status", "--base", "unix:///nowhere.sock", "--key-file", tmp_path / "none").error
     )
+
+
+def test_a_key_for_the_helper_alone(call: Call, model_folder: Path, tmp_path: Path) -> None:
+    """It is read from its file and goes to the helper; the executor's own does not."""
+    key, _ = keystore.create(tmp_path / "keys.json", "ann")
+    (tmp_path / "key").write_text(key)
+    with (
+        Executor.load(str(model_folder), masked=(8,)) as executor,
+        Executor.load(str(model_folder), masked=(8,), keys=tmp_path / "keys.json") as helper,
+    ):
+        (url,) = executor.listen([f"unix://{tmp_path}/1.sock"])
+        (helper_url,) = helper.listen([f"unix://{tmp_path}/2.sock"])
+        asked = (
+            *("generate", "--base", url, "--prompt", "a", "--max-new-tokens", 2),
+            *("--privacy", "masked-split", "--privacy-helper", helper_url),
+        )
+        refused = call(*asked, "--key-file", tmp_path / "key")
+        assert refused.code == 1 and "does not know you" in refused.error
+        answered = call(*asked, "--privacy-helper-key-file", tmp_path / "key")
+        assert answered.code == 0 and key not in answered.out + answered.err

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import tiny
 from exchanges import exchange, weight_id
 from symbiosis.errors import ConnectionLost, ExchangeFailed, SymbiosisError
+from symbiosis.executor import ring
 from symbiosis.executor.batch import Pieces
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.scheduler import Scheduler
@@ -70,6 +71,21 @@ class Scene:
 @pytest.fixture
 def scene() -> Scene:
     return Scene()
+
+
+def test_a_mask_comes_in_pieces_too(scene: Scene) -> None:
+    """The largest masks are those of prompts and training, and a helper has decoders as well."""
+    ring.offer(scene.weights, (8, 16))
+    number = weight_id(scene.weights, "0.mlp.up_proj.weight")
+    key = torch.arange(32, dtype=torch.uint8)
+    for bits in (8, 16):
+        asked = exchange(Op.RING_MASK, number, key, params=(int(Op.RING_LINEAR), bits, ROWS, 5))
+        answers = scene.submit(scene.trainer, asked)
+        assert scene.drain() == 4
+        (answer,) = answers
+        assert isinstance(answer, Result)
+        (wanted,) = ring.run(asked, scene.weights, asked.tensors)
+        assert torch.equal(answer.tensors[0], wanted)
 
 
 @pytest.mark.parametrize("shape", [(ROWS, 32), (2, ROWS // 2, 32)])

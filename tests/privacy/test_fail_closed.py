@@ -3,6 +3,7 @@ that is sent something else on a masked session ends it."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import peft
 import pytest
 import torch
 from recorder import Recorder
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from transformers import PreTrainedModel
 
 import raw
@@ -18,9 +19,9 @@ import tiny
 from exchanges import exchange, weight_id
 from raw import RawClient
 from symbiosis import Executor, Privacy, Session, connect
-from symbiosis.errors import ConnectionLost, ModelError, PrivacyError, ProtocolError
+from symbiosis.errors import ConnectionLost, InvalidInput, ModelError, PrivacyError, ProtocolError
 from symbiosis.executor import ring
-from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Op
+from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Exchange, Op, Priority
 from symbiosis.wire.frames import Kind
 
 IDS = tiny.tokens()
@@ -69,6 +70,17 @@ def test_experts_are_refused_by_name(recorded, mode: str) -> None:  # type: igno
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_experts_of_their_own_are_refused_by_name(recorded, mode: str) -> None:  # type: ignore[no-untyped-def]
+    """They are ordinary linear layers, but how many rows each gets is the router's decision."""
+    session, recorder = recorded(tiny.switch(), mode)
+    with pytest.raises(PrivacyError, match=r"\.experts\.expert_\d\.wi.*nothing was sent"):
+        session.model().get_encoder()(IDS)
+    assert recorder.asked
+    names = [session.weights[w].names[0] for asked in recorder.asked for w in asked.weights]
+    assert not any(".experts." in name for name in names)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_uses_of_a_weight_without_a_form(recorded, mode: str) -> None:  # type: ignore[no-untyped-def]
     session, recorder = recorded(tiny.llama(), mode)
     model = session.model()
@@ -104,6 +116,17 @@ def test_transposes_are_the_other_product(recorded) -> None:  # type: ignore[no-
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(x @ weight.t(), torch.nn.functional.linear(x, weight))
     check_nothing_open(recorder, "masked-local")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("op", [Op.LINEAR, Op.MATMUL])
+@pytest.mark.parametrize("forward", [True, False])
+def test_an_input_of_another_width(recorded, mode: str, op: Op, forward: bool) -> None:  # type: ignore[no-untyped-def]
+    session, recorder = recorded(tiny.llama(), mode)
+    (up,) = (id for id, w in session.weights.items() if "0.mlp.up_proj" in w.names[0])
+    with pytest.raises(InvalidInput, match=r"up_proj\.weight: it takes \d\d inputs, not 31"):
+        session.product(op, torch.ones(2, 31), up, (), NO_BIAS, forward=forward)
+    assert recorder.asked == []
 
 
 # The executor
@@ -219,6 +242,13 @@ def test_a_helper_must_not_be_the_executor(serve: Serve) -> None:
         connect(url, privacy=Privacy(mode="masked-split", helper=url))
 
 
+def test_a_helper_must_not_be_the_executor_by_another_name(serve: Serve, tmp_path: Path) -> None:
+    _, url = serve(tiny.llama(), masked=(8,))
+    itself = "helper is the executor itself .*other address"
+    with Recorder(tmp_path, url) as recorder, pytest.raises(PrivacyError, match=itself):
+        connect(url, privacy=Privacy(mode="masked-split", helper=recorder.url), arena_bytes=0)
+
+
 def test_a_helper_must_host_the_same_weights(serve: Serve) -> None:
     _, url = serve(tiny.llama(), masked=(8,))
     _, helper = serve(tiny.llama(seed=1), masked=(8,))
@@ -235,6 +265,57 @@ def test_a_helper_that_has_gone_is_an_error_and_nothing_more(recorded) -> None: 
         with pytest.raises(ConnectionLost):
             model.generate(IDS, max_new_tokens=3)
     check_nothing_open(recorder, "masked-split")
+
+
+def test_closing_does_not_wait_for_a_helper_that_has_gone(serve: Serve) -> None:
+    _, url = serve(tiny.llama(), masked=(8,))
+    helper, helper_url = serve(tiny.llama(), masked=(8,))
+    privacy = Privacy(mode="masked-split", helper=helper_url)
+    session = connect(url, privacy=privacy, retry_s=3600)
+    model = session.model()
+    model(IDS)
+    waits = threading.Event()
+    wait = session._masking._source._helper._closing.wait
+    session._masking._source._helper._closing.wait = lambda s: waits.set() or wait(s)
+    helper.close()
+    found: list[object] = []
+
+    def ask() -> None:
+        try:
+            model(tiny.tokens(2, 5))
+        except ConnectionLost as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert waits.wait(60)
+    session.close()
+    thread.join(60)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("priority", ["auto", "training", "interactive"])
+def test_a_helper_knows_who_waits(serve: Serve, priority: str) -> None:
+    """The masks of a fine-tuning job must not go before the helper's decoders."""
+    _, url = serve(tiny.llama(), masked=(8,))
+    helper, helper_url = serve(tiny.llama(), masked=(8,))
+    asked: list[Priority] = []
+    submit = helper._engine.submit
+
+    def noted(client: int, one: Exchange, *rest: object) -> None:
+        asked.append(one.priority)
+        submit(client, one, *rest)  # type: ignore[arg-type]
+
+    helper._engine.submit = noted  # type: ignore[method-assign]
+    privacy = Privacy(mode="masked-split", helper=helper_url, ahead=0)
+    with connect(url, privacy=privacy, priority=priority) as session:  # type: ignore[arg-type]
+        model = session.model()
+        for record in (True, False):
+            asked.clear()
+            with torch.set_grad_enabled(record):
+                model(IDS)
+            training = priority == "training" or (priority == "auto" and record)
+            assert set(asked) == {Priority.TRAINING if training else Priority.INTERACTIVE}
 
 
 @pytest.mark.parametrize("mode", ["masked-local", "noise"])
@@ -266,12 +347,78 @@ def test_the_folder_of_another_model(serve: Serve, tmp_path: Path) -> None:
     tiny.llama(seed=1).save_pretrained(tmp_path / "weights")
     privacy = Privacy(mode="masked-local", weights=tmp_path / "weights")
     with connect(url, privacy=privacy) as session:
-        with pytest.raises(PrivacyError, match=r"q_proj\.weight .*digests differ"):
+        with pytest.raises(PrivacyError, match=r"embed_tokens\.weight .*digests differ"):
             session.model()(IDS)
+        with pytest.raises(PrivacyError, match=r"q_proj\.weight .*digests differ"):
+            session.model().model.layers[0].self_attn.q_proj(torch.ones(1, 32))
         assert session.stats().exchanges == 0
     save_file({"model.embed_tokens.weight": torch.ones(3, 3)}, tmp_path / "weights/x.safetensors")
     with connect(url, privacy=privacy) as session, pytest.raises(PrivacyError, match="the shape"):
         session.model()(IDS)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_folder_whose_embedding_is_another(serve: Serve, tmp_path: Path, mode: str) -> None:
+    """Another release of the same model: in every mode, pinned or not; wrong text, unnoticed."""
+    _, url = serve(tiny.llama(), masked=(8,))
+    _, helper = serve(tiny.llama(), masked=(8,))
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(2)
+    model.save_pretrained(tmp_path / "weights")
+    split = helper if mode == "masked-split" else None
+    privacy = Privacy(mode=mode, helper=split, weights=tmp_path / "weights")  # type: ignore[arg-type]
+    pinned = None
+    for _ in range(2):
+        with connect(url, privacy=privacy, expect_digest=pinned) as session:
+            pinned = session.digest
+            with pytest.raises(PrivacyError, match=r"embed_tokens\.weight .*digests differ"):
+                session.model()(IDS)
+            assert session.stats().exchanges == 0
+
+
+def test_the_digests_of_another_model(serve: Serve, tmp_path: Path) -> None:
+    _, url = serve(tiny.llama(), masked=(8,))
+    tiny.llama().save_pretrained(tmp_path / "weights")
+    _, other = serve(tiny.llama(seed=1))
+    privacy = Privacy(mode="masked-local", weights=tmp_path / "weights")
+    with connect(url, privacy=privacy) as session, connect(other) as second:
+        listed = second._request({"get": "digest"})
+        ask = session._request
+        session._request = lambda q: listed if q == {"get": "digest"} else ask(q)
+        with pytest.raises(ModelError, match="digests of another model"):
+            session.model()(IDS)
+
+
+def test_a_folder_that_lacks_a_weight(serve: Serve, tmp_path: Path) -> None:
+    _, url = serve(tiny.llama(), masked=(8,), fetch="deny")
+    save_file({"model.norm.weight": torch.ones(32)}, tmp_path / "x.safetensors")
+    privacy = Privacy(mode="masked-local", weights=tmp_path)
+    lacking = r"embed_tokens.*lacks it, give a folder with the whole"
+    with connect(url, privacy=privacy) as session, pytest.raises(PrivacyError, match=lacking):
+        session.model()(IDS)
+
+
+@pytest.mark.parametrize("told", ["scales", "norms"])
+@pytest.mark.parametrize("own", [True, False])
+def test_told_scales_and_norms_are_those_of_the_integers(
+    serve: Serve, tmp_path: Path, told: str, own: bool
+) -> None:
+    """With the right digest: the answers would be wrong, and wrap around with small norms."""
+    executor, url = serve(tiny.llama(), masked=(8,))
+    tiny.llama().save_pretrained(tmp_path / "weights")
+    facts, scales = executor.weights.ring_facts[8]
+    if told == "scales":
+        scales = save({name: 3 * value for name, value in load(scales).items()})
+    else:
+        weights = [{**w, "norms": [n / 1e4 for n in w["norms"]]} for w in facts["weights"]]  # type: ignore[attr-defined]
+        facts = {**facts, "weights": weights}  # type: ignore[dict-item]
+    executor.weights.ring_facts[8] = facts, scales
+    privacy = Privacy(mode="masked-local", weights=tmp_path / "weights" if own else None)
+    with connect(url, privacy=privacy) as session:
+        with pytest.raises(PrivacyError, match=r"other scales or norms of .*proj"):
+            session.model()(IDS)
+        assert session.stats().exchanges == 0
 
 
 def test_a_folder_without_weights(serve: Serve, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +18,14 @@ from transformers.pytorch_utils import Conv1D
 
 from exchanges import exchange, weight_id
 from symbiosis import Executor, Privacy, Session, connect
+from symbiosis.client import masking
+from symbiosis.client.masking import MaskProducts
+from symbiosis.client.own_weights import OwnWeights
 from symbiosis.errors import ConnectionLost
 from symbiosis.executor import batch, ops
+from symbiosis.executor import ring as executor_ring
 from symbiosis.executor.weights import Weights
+from symbiosis.privacy import ring
 from symbiosis.privacy.fixed import from_fixed, to_fixed
 from symbiosis.privacy.masks import MaskName, MaskStream, expand
 from symbiosis.privacy.pool import Mask, MaskPool, Site
@@ -46,6 +53,17 @@ def test_a_mask_is_the_stream_of_its_name(bits: int, shape: tuple[int, int]) -> 
         found.contiguous().view(torch.uint8).numpy().tobytes()
         == cipher.update(b"".join(blocks))[:wanted]
     )
+
+
+@given(bits_of, st.integers(1, 9), st.integers(1, 9), st.data())
+def test_rows_of_a_mask_are_those_of_the_whole(
+    bits: int, rows: int, width: int, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, rows))
+    stop = data.draw(st.integers(start, rows))
+    whole = expand(MaskName(KEY, 7), rows, width, bits)
+    found = expand(MaskName(KEY, 7), stop - start, width, bits, start)
+    assert torch.equal(found, whole[start:stop])
 
 
 def test_other_names_are_other_masks() -> None:
@@ -174,13 +192,67 @@ def test_a_mask_is_prepared_for_the_next_use() -> None:
     assert pool.use.dropped == 1
 
 
-def test_the_pool_keeps_within_its_bytes() -> None:
+def take_all(pool: MaskPool, sites: range, rounds: int) -> int:
+    """Each site in turn; how many masks were prepared, if each had the time to be."""
+    before = pool.use.prepared
+    for _ in range(rounds):
+        for weight in sites:
+            pool.take(site(weight=weight)).products()
+            for waiting in pool._waiting.values():
+                waiting.products()
+            assert sum(each.num_bytes for each in pool._waiting) <= pool._ahead_bytes
+    return pool.use.prepared - before
+
+
+@pytest.mark.parametrize("room", [0, 1, 4, 9, 10, 11])
+def test_a_pool_that_is_too_small_prepares_what_it_has_room_for(room: int) -> None:
+    pool = MaskPool(of_numbers, room * site().num_bytes)
+    assert take_all(pool, range(10), 6) == 5 * min(room, 10)
+    assert pool.use.dropped == 0  # and computes none in vain
+    pool.close()
+
+
+def test_what_is_not_used_any_more_makes_room() -> None:
+    """After a prompt's sites come those of its tokens."""
+    pool = MaskPool(of_numbers, 10 * site().num_bytes)
+    take_all(pool, range(10), 2)
+    assert take_all(pool, range(20, 30), 4) == 9 + 10  # from the third round on
+    assert pool.use.dropped == 10
+    assert take_all(pool, range(20, 30), 2) == 20
+    pool.close()
+
+
+def test_sites_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("symbiosis.privacy.pool._MOST_SITES", 5)
     pool = MaskPool(of_numbers, 3 * site().num_bytes)
-    for weight in range(10):
-        pool.take(site(weight=weight))
-        assert sum(each.num_bytes for each in pool._waiting) <= 3 * site().num_bytes
-    assert [each.weights for each in pool._waiting] == [(7,), (8,), (9,)]
-    assert pool.use.dropped == 7
+    take_all(pool, range(100), 1)
+    assert len(pool._taken) == 5
+    take_all(pool, range(4), 3)
+    assert take_all(pool, range(4), 1) == 3
+    pool.close()
+
+
+def test_a_failure_ahead_is_nobody_elses() -> None:
+    """A helper was away while masks were prepared; when they are needed, it is back."""
+    away = False
+
+    def compute(site: Site, mask: Mask) -> tuple[Tensor, ...]:
+        if away:
+            raise ConnectionLost("the helper has gone")
+        return of_numbers(site, mask)
+
+    pool = MaskPool(compute, 1 << 20)
+    away = True
+    for weight in range(3):
+        with pytest.raises(ConnectionLost):
+            pool.take(site(weight=weight)).products()
+        with pytest.raises(ConnectionLost):
+            pool._waiting[site(weight=weight)].products()
+    away = False
+    for weight in range(3):
+        mask = pool.take(site(weight=weight))
+        assert torch.equal(mask.products()[0], of_numbers(mask.site, mask)[0])
+    assert (pool.use.used, pool.use.prepared, pool.use.dropped) == (6, 0, 3)
     pool.close()
 
 
@@ -219,8 +291,64 @@ def test_a_closed_pool_leaves_nobody_waiting() -> None:
     pool._stop()
     with pytest.raises(ConnectionLost, match="closed"):
         second.products()
+    with pytest.raises(ConnectionLost, match="closed"):
+        first.products()  # which a helper may never complete
+    third = pool.take(site())
+    with pytest.raises(ConnectionLost, match="closed"):
+        third.products()
     release.set()
-    assert first.products() == ()
+
+
+def test_what_is_not_wanted_any_more_is_not_computed_on(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    source = MaskProducts({}, OwnWeights(None), 8)
+    source._kept[1] = quantise(torch.ones(5, 3), 0, 8)
+    mask = Mask(MaskStream().next(), site(rows=9))
+    blocks: list[int] = []
+
+    def product(w: Tensor, u: Tensor) -> Tensor:
+        blocks.append(len(u))
+        mask.give_up(ConnectionLost("closed"))
+        return ring_product(w, u)
+
+    monkeypatch.setattr(masking, "ring_product", product)
+    monkeypatch.setattr(ring, "_BLOCK_RESIDUES", 2 * 5)
+    with pytest.raises(ConnectionLost):
+        source.compute(mask.site, mask)
+    assert blocks == [2]
+
+
+AT_WORK = """
+import threading, torch
+torch.set_num_threads(1)
+from symbiosis.client.masking import MaskProducts
+from symbiosis.client.own_weights import OwnWeights
+from symbiosis.privacy.pool import MaskPool, Site
+from symbiosis.privacy.ring import quantise
+from symbiosis.wire.exchange import Op
+
+source = MaskProducts({}, OwnWeights(None), 8)
+source._kept[1] = quantise(torch.ones(2048, 2048), 0, 8)
+second = threading.Semaphore(0)
+
+def compute(site, mask):
+    second.release()
+    return source.compute(site, mask)
+
+pool = MaskPool(compute, 1 << 40)
+pool.take(Site(Op.RING_LINEAR, (1,), 4, 2048, 2048, 8)).products()
+pool.take(Site(Op.RING_LINEAR, (1,), 100_000, 2048, 2048, 8))
+for _ in range(3):  # the third is the large one
+    second.acquire()
+print("done", flush=True)
+"""
+
+
+def test_a_process_that_ends_while_masks_are_multiplied() -> None:
+    """Without close(): a thread within torch would abort it, with a core and exit code -6."""
+    ended = subprocess.run(
+        [sys.executable, "-c", AT_WORK], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
 
 
 # Through a real executor
@@ -372,10 +500,38 @@ def test_rows_of_several_clients_are_computed_together(masked_base: Executor) ->
         alone = [batch.compute([one], weights)[0][0] for one in asked]
         for found, wanted in zip(batch.compute(asked, weights), alone, strict=True):
             assert torch.equal(found[0], wanted)
-        pieces = batch.Pieces(asked[2])
+        pieces = batch.Pieces(asked[2], 5)
         for start, stop in ((0, 2), (2, 5)):
             pieces.add(start, batch.compute([pieces.exchange(start, stop)], weights)[0])
         assert torch.equal(pieces.results()[0], alone[2])
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_many_rows_are_computed_in_blocks(
+    masked_base: Executor, monkeypatch: pytest.MonkeyPatch, bits: int
+) -> None:
+    """With the same bytes, and what lies between input and result does not grow with the rows."""
+    weights = masked_base.weights
+    numbers = (weight_id(weights, "linear.weight"), weight_id(weights, "one.weight"))
+    key = torch.frombuffer(bytearray(KEY), dtype=torch.uint8)
+    residues = to_wire(expand(MaskName(KEY, 9), 20, 37, bits))
+    asked = [
+        exchange(Op.RING_LINEAR, numbers, residues),
+        exchange(Op.RING_MASK, numbers, key, params=(int(Op.RING_LINEAR), bits, 20, 9)),
+    ]
+    whole = [ops.run(each, weights, each.tensors) for each in asked]
+    blocks: list[int] = []
+
+    def product(w: Tensor, u: Tensor) -> Tensor:
+        blocks.append(len(u))
+        return ring_product(w, u)
+
+    monkeypatch.setattr(executor_ring, "ring_product", product)
+    monkeypatch.setattr(ring, "_BLOCK_RESIDUES", 3 * 37)
+    for each, wanted in zip(asked, whole, strict=True):
+        found = ops.run(each, weights, each.tensors)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert set(blocks) == {2, 3}
 
 
 def test_a_helper_answers_with_the_products_of_the_mask(masked_base: Executor) -> None:

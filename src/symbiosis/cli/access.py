@@ -45,10 +45,15 @@ class Access(NamedTuple):
 
     key: str | None
     tls: Tls | None
+    helper_key: str | None = None
 
 
 def access(
-    key_file: Path | None, ca: Path | None, cert: Path | None, tls_key: Path | None
+    key_file: Path | None,
+    ca: Path | None,
+    cert: Path | None,
+    tls_key: Path | None,
+    helper_key_file: Path | None = None,
 ) -> Access:
     """Raises SymbiosisError for a key file that holds no key."""
     from symbiosis.transport.tls import Tls
@@ -56,12 +61,11 @@ def access(
     if tls_key is not None and cert is None:
         raise typer.BadParameter("--tls-key goes with --tls-cert")
     tls = None if ca is None and cert is None else Tls(ca, cert, tls_key)
-    return Access(_key(key_file), tls)
+    key = os.environ.get(KEY_VARIABLE) or None if key_file is None else _key(key_file)
+    return Access(key, tls, None if helper_key_file is None else _key(helper_key_file))
 
 
-def _key(path: Path | None) -> str | None:
-    if path is None:
-        return os.environ.get(KEY_VARIABLE) or None
+def _key(path: Path) -> str:
     try:
         key = path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:

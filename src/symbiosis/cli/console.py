@@ -91,6 +91,16 @@ PrivacyHelper = Annotated[
         help="The second executor of masked-split.",
     ),
 ]
+PrivacyHelperKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--privacy-helper-key-file",
+        metavar="FILE",
+        rich_help_panel=_PRIVACY,
+        help="A file with the API key for the helper, if it asks for one. The executor's is never "
+        "sent there.",
+    ),
+]
 PrivacyBits = Annotated[
     int,
     typer.Option(

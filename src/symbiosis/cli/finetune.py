@@ -111,6 +111,7 @@ def finetune(
     device: console.Device = FinetuneSpec.device,
     privacy: console.PrivacyMode = "plain",
     privacy_helper: console.PrivacyHelper = None,
+    privacy_helper_key_file: console.PrivacyHelperKey = None,
     privacy_bits: console.PrivacyBits = 8,
     privacy_weights: console.PrivacyWeights = None,
     threads: console.Threads = None,
@@ -128,7 +129,8 @@ def finetune(
     values = dict(locals())
     for key in ("peft", "option", "config", "threads", "key_file", "tls_ca", "tls_cert", "tls_key"):
         del values[key]
-    allowed = access(key_file, tls_ca, tls_cert, tls_key)
+    del values["privacy_helper_key_file"]
+    allowed = access(key_file, tls_ca, tls_cert, tls_key, privacy_helper_key_file)
     _run(values, peft, option or [], config, threads, allowed)
 
 
@@ -161,7 +163,7 @@ def _run(
 
     try:
         with progress_of(spec.name or spec.out.name) as show:
-            report = job.run(spec, tell, key=allowed.key, tls=allowed.tls)
+            report = job.run(spec, tell, **allowed._asdict())
     except (KeyboardInterrupt, Exception) as error:
         if not interrupted and not isinstance(error, KeyboardInterrupt):
             raise

@@ -56,6 +56,7 @@ def generate(
     device: console.Device = "cpu",
     privacy: console.PrivacyMode = "plain",
     privacy_helper: console.PrivacyHelper = None,
+    privacy_helper_key_file: console.PrivacyHelperKey = None,
     privacy_bits: console.PrivacyBits = 8,
     privacy_weights: console.PrivacyWeights = None,
     threads: console.Threads = None,
@@ -93,7 +94,7 @@ def generate(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    _run(spec, threads, access(key_file, tls_ca, tls_cert, tls_key))
+    _run(spec, threads, access(key_file, tls_ca, tls_cert, tls_key, privacy_helper_key_file))
 
 
 def _run(spec: GenerateSpec, threads: int | None, allowed: Access) -> None:
@@ -102,7 +103,7 @@ def _run(spec: GenerateSpec, threads: int | None, allowed: Access) -> None:
 
     console.set_threads(threads)
     labelled = len(spec.prompts) > 1 or len(spec.adapters) > 1
-    for answer in job.run(spec, _writer(labelled), key=allowed.key, tls=allowed.tls):
+    for answer in job.run(spec, _writer(labelled), **allowed._asdict()):
         typer.echo(_figures(answer), err=True)
 
 

@@ -54,7 +54,7 @@ def place(
     for name in device or ():
         if name not in known:
             raise typer.BadParameter(f"there is no {name} here; choose from {', '.join(known)}")
-    key, tls = access(key_file, tls_ca, tls_cert, tls_key)
+    key, tls, _ = access(key_file, tls_ca, tls_cert, tls_key)
     with symbiosis.connect(base, name="place", borrow=False, key=key, tls=tls) as session:
         measured = [measure(session, n, batch=batch, adapter=adapter) for n in device or known]
     layers, places = measured[0][0], [place for _, place in measured]

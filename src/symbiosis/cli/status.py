@@ -39,7 +39,7 @@ def status(
     a key, those of its tenant."""
     import symbiosis
 
-    key, tls = access(key_file, tls_ca, tls_cert, tls_key)
+    key, tls, _ = access(key_file, tls_ca, tls_cert, tls_key)
     with symbiosis.connect(
         base, name="status", retry_s=0, borrow=False, key=key, tls=tls
     ) as session:

@@ -26,6 +26,7 @@ from symbiosis.privacy.pool import Mask, MaskPool, Site
 from symbiosis.privacy.ring import (
     WORDS,
     RingWeight,
+    by_rows,
     centred,
     from_wire,
     quantise,
@@ -99,8 +100,16 @@ class MaskProducts:
     def compute(self, site: Site, mask: Mask) -> tuple[Tensor, ...]:
         """See `symbiosis.privacy.pool.Products`."""
         found = [self._kept[weight].numbers for weight in site.weights]
-        forward = site.op is Op.RING_LINEAR
-        return tuple(ring_product(w if forward else w.t(), mask.numbers) for w in found)
+        matrices = [w if site.op is Op.RING_LINEAR else w.t() for w in found]
+
+        def block(start: int, stop: int) -> list[Tensor]:
+            mask.check_wanted()
+            return [ring_product(w, mask.numbers[start:stop]) for w in matrices]
+
+        return tuple(by_rows(site.rows, max(site.width, site.outputs), block))
+
+    def stop(self) -> None:
+        """There is nothing that takes long."""
 
     def close(self) -> None:
         self._kept.clear()
@@ -115,6 +124,11 @@ class MaskProducts:
                 f"{info.names[0]} is not here what it is in the executor (their digests differ): "
                 f"masks would not come off. Give the folder of the model that is hosted, in the "
                 f"dtype that it is hosted in"
+            )
+        if made.norms != fact.norms or not torch.equal(made.scales, fact.scales):
+            raise PrivacyError(
+                f"{session.url} tells other scales or norms of {info.names[0]} than its integers "
+                f"have: answers would be wrong. Do not use this executor"
             )
         return made
 
@@ -144,10 +158,14 @@ class HelperProducts:
         # Without the session's lock: the pool's thread alone calls this, and a child that was
         # forked meanwhile would find it held for ever.
         found = self._helper._exchange(
-            Op.RING_MASK, site.weights, no_biases, (), params, (key,), True, True
+            Op.RING_MASK, site.weights, no_biases, (), params, (key,), True, mask.recording
         )
         sizes = [_outputs(site.op, self._facts[weight]) for weight in site.weights]
         return _residues(found, site.rows, sizes, site.bits, self._helper.url)
+
+    def stop(self) -> None:
+        """Wait no longer for a helper that has gone."""
+        self._helper._closing.set()
 
     def close(self) -> None:
         self._helper.close()
@@ -180,7 +198,13 @@ class Masking:
         return self._facts[weight].axis == (0 if op is Op.LINEAR else 1)
 
     def products(
-        self, session: Session, op: Op, weights: tuple[int, ...], x: Tensor, send: SendRing
+        self,
+        session: Session,
+        op: Op,
+        weights: tuple[int, ...],
+        x: Tensor,
+        send: SendRing,
+        recording: bool,
     ) -> tuple[Tensor, ...]:
         """LINEAR or MATMUL of ``x`` (T, I), on the CPU, with each weight: float64 (T, O)."""
         facts = [self._facts[weight] for weight in weights]
@@ -191,7 +215,7 @@ class Masking:
         sizes = [_outputs(op, fact) for fact in facts]
         site = Site(RING_OF[op], weights, x.shape[0], x.shape[1], sum(sizes), self._bits)
         self._source.need(session, weights)
-        mask = self._pool.take(site)
+        mask = self._pool.take(site, recording)
         # Built once: whoever sends it again sends these bytes. The mask is spent either way.
         masked = to_wire(self._reduced(fixed.residues.add_(mask.numbers)))
         sent = send(site.op, weights, masked)
@@ -204,6 +228,11 @@ class Masking:
 
     def use(self) -> MaskUse:
         return self._pool.use._replace(bytes_for_products=self._source.bytes_received)
+
+    def stop(self) -> None:
+        """Nobody waits for a mask any longer. From any thread, without the session's lock."""
+        self._source.stop()
+        self._pool.stop()
 
     def close(self) -> None:
         self._pool.close()

@@ -8,6 +8,7 @@ Shapes: T rows, I in, O out, m vectors of a pool.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -62,19 +63,29 @@ class Noise:
 
     def _drawn(self, site: _Site, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Noise for each row, and its products."""
-        level = self._levels.get(site)
-        if level is None:
-            rms = float(x.square().mean().sqrt()) or 1.0
-            level = self._levels[site] = self._sigma * rms
+        level = self._level(site, x)
         if self._pool is None:
             noise = torch.randn(x.shape, generator=self._generator).mul_(level)
             return noise, self._multiplied(site, noise)
         kept = self._pools.get(site)
         if kept is None:
             vectors = torch.randn(self._pool, x.shape[1], generator=self._generator).mul_(level)
-            kept = self._pools[site] = _Pool(vectors, self._multiplied(site, vectors))
+            kept = _Pool(vectors, self._multiplied(site, vectors))
+            if site in self._levels:
+                self._pools[site] = kept
         rows = torch.randint(self._pool, (x.shape[0],), generator=self._generator)
         return kept.vectors[rows], tuple(p[rows] for p in kept.products)
+
+    def _level(self, site: _Site, x: Tensor) -> float:
+        """As large as the first input with numbers in it says; what is not finite, or zero as the
+        rows that fill a bucket, says nothing."""
+        if site not in self._levels:
+            rows = x[x.isfinite().all(1) & x.ne(0).any(1)]
+            rms = float(rows.square().mean().sqrt()) if len(rows) else 0.0
+            if not 0 < rms < math.inf:
+                return self._sigma
+            self._levels[site] = self._sigma * rms
+        return self._levels[site]
 
     def _multiplied(self, site: _Site, noise: Tensor) -> tuple[Tensor, ...]:
         op, weights = site

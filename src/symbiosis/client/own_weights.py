@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from symbiosis.client.welcome import WeightInfo
+from symbiosis.client.welcome import Identity, WeightInfo
 from symbiosis.errors import FetchRefused, PrivacyError
 
 if TYPE_CHECKING:
@@ -45,9 +45,10 @@ class OwnWeights:
             )
 
     def read(self, session: Session, info: WeightInfo, why: str) -> Tensor:
-        """The whole of a weight, on the CPU, in the executor's dtype.
+        """The whole of a weight, on the CPU, in the executor's dtype: the executor's own numbers,
+        wherever they come from.
 
-        Raises PrivacyError, with what to do, if the executor does not hand it out.
+        Raises PrivacyError, with what to do, if the executor does not hand it out or hosts others.
         """
         name = next((name for full in info.names if (name := self._name_of(full))), None)
         if name is None:
@@ -59,7 +60,14 @@ class OwnWeights:
                 f"{name} in {self._folder} has the shape {list(found.shape)}; the executor hosts "
                 f"{list(info.shape)}: it is another model"
             )
-        return found.to(getattr(torch, str(session.welcome["dtype"])))
+        found = found.to(getattr(torch, str(session.welcome["dtype"])))
+        if not _known_in_full(session).has_weight(info.names[0], found):
+            raise PrivacyError(
+                f"{name} in {self._folder} is not what the executor hosts (their digests differ): "
+                f"give the folder of the model that is hosted, as it is hosted, or none, to fetch "
+                f"what is needed"
+            )
+        return found
 
     def _name_of(self, hosted: str) -> str | None:
         """Files may leave out the base model's prefix."""
@@ -70,9 +78,13 @@ class OwnWeights:
         try:
             answer, payload = session._request({"get": "weight", "id": info.id, "why": why})
         except FetchRefused:
+            todo = (
+                "give a folder with them (Privacy(weights=...), --privacy-weights)"
+                if self._folder is None
+                else f"{self._folder} lacks it, give a folder with the whole of the hosted model"
+            )
             raise PrivacyError(
-                f"{why} needs {name} here, and the executor does not hand out weights: give a "
-                f"folder with them (Privacy(weights=...), --privacy-weights)"
+                f"{why} needs {name} here, and the executor does not hand out weights: {todo}"
             ) from None
         dtype = getattr(torch, str(answer["dtype"]))
         found: Tensor = payload.view(dtype).view(info.shape)
@@ -80,3 +92,12 @@ class OwnWeights:
         session._counters.fetched_bytes += len(payload)
         logger.info("fetched %s (%.1f MB) for %s", name, len(payload) / 1e6, why)
         return found
+
+
+def _known_in_full(session: Session) -> Identity:
+    """With the digest of everything in it."""
+    known = session._known()
+    if known.entries is None:
+        answer, _ = session._request({"get": "digest"})
+        known = session._identity = known.in_full(answer)
+    return known

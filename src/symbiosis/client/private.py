@@ -10,6 +10,7 @@ Shapes: T rows, I in, O out.
 from __future__ import annotations
 
 import functools
+import re
 import weakref
 from typing import Any
 
@@ -23,7 +24,8 @@ from symbiosis.client.own_weights import OwnWeights
 from symbiosis.client.session import Opener, Session
 from symbiosis.client.trace import plain
 from symbiosis.client.verifying import Trust
-from symbiosis.errors import PrivacyError
+from symbiosis.client.welcome import WeightInfo
+from symbiosis.errors import InvalidInput, PrivacyError
 from symbiosis.privacy.modes import MaskUse, Privacy, PrivacyReport, report_of
 from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Op
 from symbiosis.wire.views import Recipe, View, look
@@ -31,6 +33,7 @@ from symbiosis.wire.views import Recipe, View, look
 _TRANSPOSED = {(View.TRANSPOSE, 2, 0, 1), (View.TRANSPOSE, 2, 1, 0)}
 _OTHER = {Op.LINEAR: Op.MATMUL, Op.MATMUL: Op.LINEAR}
 _RESIDUES = (torch.int32, torch.int16)
+_EXPERT = re.compile(r"(^|\.)experts?(\.|$)")
 
 
 class PrivateSession(Session):
@@ -101,6 +104,8 @@ class PrivateSession(Session):
                 raise self._no_form(op, weight, "looked at in part")
             if self._masking is not None and not self._masking.has(weight):
                 raise self._no_form(op, weight)
+            if self._privacy.mode != "plain" and _is_expert(self.weights[weight]):
+                raise self._no_form(op, weight, "which some tokens alone go to")
             together = self._masking is None or self._masking.shares_input(op, weight)
             if forward and together and not x.is_inference():
                 member = (op, weight, (), NO_BIAS)
@@ -132,6 +137,9 @@ class PrivateSession(Session):
 
     def close(self) -> None:
         """See `Session.close`; masks that were prepared are dropped."""
+        self._closing.set()
+        if self._masking is not None:
+            self._masking.stop()  # who has the lock may wait for a helper
         super().close()
         if self._masking is not None:
             self._masking.close()
@@ -158,6 +166,8 @@ class PrivateSession(Session):
         """Products of ``x`` (..., I), flattened to rows, in the size of their bucket, and under
         the mode's cover."""
         shape, dtype, device = x.shape[:-1], x.dtype, x.device
+        if self._privacy.mode != "plain":
+            self._check_width(op, weights, x.shape[-1])
         rows = x.reshape(-1, x.shape[-1]).cpu()
         count = rows.shape[0]
         if not count:
@@ -167,7 +177,7 @@ class PrivateSession(Session):
             rows = F.pad(rows, (0, 0, 0, size - count))
         send = functools.partial(self._send_rows, forward, recording)
         if self._masking is not None:
-            found = self._masking.products(self, op, weights, rows, send)
+            found = self._masking.products(self, op, weights, rows, send, recording)
         elif self._noise is not None:
             found = self._noise.products(op, weights, rows, send)
         else:
@@ -242,24 +252,31 @@ class PrivateSession(Session):
         assert helper is not None
         assert privacy.helper is not None
         if privacy.helper == self.url:
-            raise PrivacyError(
-                f"the helper is the executor itself ({self.url}): it would know every mask. "
-                f"masked-split needs a second executor, of another operator"
-            )
+            raise _helps_itself(self.url)
         second = Session(
             helper,
             privacy.helper,
             name=str(self._hello["client"]),
-            priority="interactive",
+            priority=self._priority,
             retry_s=self._retry_s,
             masked=privacy.bits,
         )
         try:
+            if second.welcome.get("instance", 0) == self.welcome.get("instance", 1):
+                raise _helps_itself(f"{self.url}, by the other address {privacy.helper}")
             source = HelperProducts(second, facts, privacy.bits)
         except BaseException:
             second.close()
             raise
         return Masking(facts, source, privacy.bits, privacy.ahead)
+
+    def _check_width(self, op: Op, weights: tuple[int, ...], width: int) -> None:
+        """As an executor would, which is asked for other things. Raises InvalidInput."""
+        for info in map(self.weights.__getitem__, weights):
+            if (takes := info.shape[1 if op is Op.LINEAR else 0]) != width:
+                raise InvalidInput(
+                    f"{op.name.lower()} on {info.names[0]}: it takes {takes} inputs, not {width}"
+                )
 
     def _outputs(self, op: Op, weight: int) -> int:
         return self.weights[weight].shape[0 if op is Op.LINEAR else 1]
@@ -271,6 +288,18 @@ class PrivateSession(Session):
             f"{self._privacy.mode}, so nothing was sent: only products with whole matrices have "
             f"one. Use another model or method, or connect without privacy"
         )
+
+
+def _helps_itself(where: str) -> PrivacyError:
+    return PrivacyError(
+        f"the helper is the executor itself ({where}): it would know every mask. masked-split "
+        f"needs a second executor, of another operator"
+    )
+
+
+def _is_expert(info: WeightInfo) -> bool:
+    """Does a router decide how many tokens go through it? The rows of its exchanges would tell."""
+    return any(_EXPERT.search(name) for name in info.names)
 
 
 def _dense(session: weakref.ref[PrivateSession], weight: int) -> Tensor:

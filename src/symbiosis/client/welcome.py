@@ -85,8 +85,25 @@ class Identity(NamedTuple):
         """The same for a whole weight that was fetched."""
         self._check(f"weight:{name}", tensor_digest(value))
 
+    def has_weight(self, name: str, value: torch.Tensor) -> bool:
+        """Is that what it hosts under this name? True where entries are not known."""
+        return self._has(f"weight:{name}", tensor_digest(value))
+
+    def in_full(self, answer: Json) -> Identity:
+        """The same with its entries, which ``answer`` lists. Raises ModelError, ProtocolError."""
+        found = read_entries(answer)
+        if found is None or found[0] != self.digest:
+            raise ModelError(
+                f"the executor lists the digests of another model than {self.digest[:16]}…: do "
+                f"not use this executor"
+            )
+        return self._replace(entries=found[1])
+
+    def _has(self, entry: str, found: str) -> bool:
+        return self.entries is None or self.entries.get(entry) == found
+
     def _check(self, entry: str, found: str) -> None:
-        if self.entries is not None and self.entries.get(entry) != found:
+        if not self._has(entry, found):
             raise ModelError(
                 f"the executor sent a {entry.replace(':', ' ')} that is not the one in its digest "
                 f"{self.digest[:16]}…: do not use this executor"

@@ -15,6 +15,7 @@ from symbiosis.executor import ops
 from symbiosis.executor.chain import as_rows
 from symbiosis.executor.few_rows import Linear
 from symbiosis.executor.few_rows import linear as linear_of_joined
+from symbiosis.executor.ring import mask_rows
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.exchange import RING_OPS, Exchange, Op
 
@@ -83,21 +84,24 @@ class Pieces:
     row (measured with MKL on one thread); other kernels may differ in the last bit, as in a batch.
     """
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, rows: int) -> None:
         self._exchange = exchange
-        self._rows = _rows(exchange, exchange.tensors[0])
+        self._num_rows = rows
         self._results: tuple[torch.Tensor, ...] = ()
         self.elapsed_s = 0.0
 
     def exchange(self, start: int, stop: int) -> Exchange:
         """Rows ``start`` to ``stop`` as an exchange."""
-        return self._exchange._replace(tensors=(self._rows[start:stop],), place=None)
+        if self._exchange.op is Op.RING_MASK:  # which comes as a name
+            return mask_rows(self._exchange, start, stop)
+        rows = _rows(self._exchange, self._exchange.tensors[0])[start:stop]
+        return self._exchange._replace(tensors=(rows,), place=None)
 
     def add(self, start: int, outputs: tuple[torch.Tensor, ...]) -> None:
         """Those rows' outputs."""
         if not self._results:
-            rows = self._rows.shape[0]
-            self._results = tuple(output.new_empty(rows, *output.shape[1:]) for output in outputs)
+            shapes = [(self._num_rows, *output.shape[1:]) for output in outputs]
+            self._results = tuple(y.new_empty(s) for y, s in zip(outputs, shapes, strict=True))
         for result, output in zip(self._results, outputs, strict=True):
             result[start : start + output.shape[0]] = output
 
@@ -107,5 +111,6 @@ class Pieces:
 
 
 def divisible(exchange: Exchange, joinable: bool) -> bool:
-    """May it be computed in `Pieces`? A lookup or a decoder's chain is too cheap for it."""
-    return joinable and exchange.op in _DIVISIBLE
+    """May it be computed in `Pieces`? A lookup or a decoder's chain is too cheap for it; a mask
+    has rows that are its client's alone."""
+    return exchange.op is Op.RING_MASK or (joinable and exchange.op in _DIVISIBLE)

@@ -334,7 +334,9 @@ class Engine:
 
     def _pieces_of(self, chosen: Batch, pending: _Pending) -> batch.Pieces:
         number = chosen.requests[0].id
-        pieces = self._pieces.pop(number, None) or batch.Pieces(pending.exchange)
+        pieces = self._pieces.pop(number, None) or batch.Pieces(
+            pending.exchange, chosen.requests[0].rows
+        )
         if not chosen.completes:
             self._pieces[number] = pieces
         return pieces

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -93,6 +94,7 @@ class Executor:
         )
         self._guard = None if keys is None else Guard(keys, clock=self._engine.clock)
         self._draining = False
+        self._instance = secrets.token_hex(8)
         self._server: Server | None = None
         # Set when the server has ended. Not Thread.join: interrupted by an exception from a
         # signal handler, it takes the thread for ended and the next join returns at once.
@@ -416,6 +418,7 @@ class Executor:
             "fetch": self._fetch_policy(client),
             "max_payload_bytes": self._limits.payload_bytes,
             "masked": list(weights.ring),
+            "instance": self._instance,
         }
 
 

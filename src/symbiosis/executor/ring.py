@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,7 +20,15 @@ from safetensors.torch import save
 from symbiosis.errors import InvalidInput, ModelError, ProtocolError
 from symbiosis.executor.weights import HostedWeight, Weights
 from symbiosis.privacy.masks import KEY_BYTES, MaskName, expand
-from symbiosis.privacy.ring import WORDS, RingWeight, from_wire, quantise, ring_product, to_wire
+from symbiosis.privacy.ring import (
+    WORDS,
+    RingWeight,
+    by_rows,
+    from_wire,
+    quantise,
+    ring_product,
+    to_wire,
+)
 from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Exchange, Op
 from symbiosis.wire.frames import Json
 from symbiosis.wire.tensors import TensorSpec
@@ -27,6 +36,7 @@ from symbiosis.wire.tensors import TensorSpec
 logger = logging.getLogger(__name__)
 
 _BITS = (8, 16)
+_PARAMS = "a mask's parameters are: operation 10 or 11, bits, rows, number"
 _RESIDUE_BYTES = {8: 4, 16: 2 * WORDS}
 
 
@@ -34,7 +44,7 @@ class RingPlan(NamedTuple):
     """What `check` found out."""
 
     rows: int
-    result_bytes: int  # of a mask: with the mask itself
+    result_bytes: int  # of a mask: as if it was kept itself, for it is work
 
 
 def offer(weights: Weights, bits: tuple[int, ...]) -> None:
@@ -128,9 +138,11 @@ def check(exchange: Exchange, weights: Weights) -> RingPlan:
 
 
 def _check_mask(exchange: Exchange, weights: Weights) -> RingPlan:
+    if len(exchange.params) != 4:
+        raise ProtocolError(_PARAMS)
     if exchange.specs[0] != TensorSpec(torch.uint8, (KEY_BYTES,)):
         raise InvalidInput(f"a mask is expanded from {KEY_BYTES} bytes, not {exchange.specs[0]}")
-    op, bits, rows, _ = _mask_params(exchange)
+    op, bits, rows, _, _ = _mask_params(exchange)
     sizes = [_sizes(op, w) for w in _table(exchange, weights, bits)]
     if len({width for width, _ in sizes}) != 1:
         raise InvalidInput("a mask for weights that do not share an input")
@@ -141,19 +153,30 @@ def _check_mask(exchange: Exchange, weights: Weights) -> RingPlan:
 def run(
     exchange: Exchange, weights: Weights, inputs: tuple[torch.Tensor, ...]
 ) -> list[torch.Tensor]:
-    """One tensor per weight, (T, O) int32 or (T, O, 3) int16."""
+    """One tensor per weight, (T, O) int32 or (T, O, 3) int16. Computed in blocks of rows."""
+    rows_of: Callable[[int, int], torch.Tensor]
     if exchange.op is Op.RING_MASK:
-        op, bits, rows, number = _mask_params(exchange)
+        op, bits, rows, number, first = _mask_params(exchange)
         table = _table(exchange, weights, bits)
-        name = MaskName(inputs[0].numpy().tobytes(), number)
-        u = expand(name, rows, _sizes(op, table[0])[0], bits)
+        name, width = MaskName(inputs[0].numpy().tobytes(), number), _sizes(op, table[0])[0]
+        rows_of = lambda start, stop: expand(name, stop - start, width, bits, first + start)  # noqa: E731
     else:
         op, table = exchange.op, _table(exchange, weights, _bits_of(exchange.specs[0]))
-        u = from_wire(inputs[0].cpu())
-    return [
-        to_wire(ring_product(w.numbers if op is Op.RING_LINEAR else w.numbers.t(), u))
-        for w in table
-    ]
+        words = inputs[0].cpu()
+        rows, rows_of = len(words), lambda start, stop: from_wire(words[start:stop])
+    matrices = [w.numbers if op is Op.RING_LINEAR else w.numbers.t() for w in table]
+
+    def block(start: int, stop: int) -> list[torch.Tensor]:
+        u = rows_of(start, stop)
+        return [to_wire(ring_product(w, u)) for w in matrices]
+
+    return by_rows(rows, max(size for w in matrices for size in w.shape), block)
+
+
+def mask_rows(exchange: Exchange, start: int, stop: int) -> Exchange:
+    """Rows ``start`` to ``stop`` of a RING_MASK, for `run`."""
+    op, bits, _, number, _ = _mask_params(exchange)
+    return exchange._replace(params=(op, bits, stop - start, number, start))
 
 
 def _table(exchange: Exchange, weights: Weights, bits: int) -> list[RingWeight]:
@@ -183,10 +206,10 @@ def _sizes(op: Op, weight: RingWeight) -> tuple[int, int]:
     return (second, first) if op is Op.RING_LINEAR else (first, second)
 
 
-def _mask_params(exchange: Exchange) -> tuple[Op, int, int, int]:
-    """(RING_LINEAR or RING_MATMUL, bits, rows, number of the mask)."""
+def _mask_params(exchange: Exchange) -> tuple[Op, int, int, int, int]:
+    """(RING_LINEAR or RING_MATMUL, bits, rows, number of the mask, first row)."""
     match exchange.params:
-        case (Op.RING_LINEAR | Op.RING_MATMUL as op, (8 | 16) as bits, rows, number):
+        case (Op.RING_LINEAR | Op.RING_MATMUL as op, (8 | 16) as bits, rows, number, *first):
             if 0 < rows <= 0xFFFF_FFFF and number >= 0:
-                return Op(op), bits, rows, number
-    raise ProtocolError("a mask's parameters are: operation 10 or 11, bits, rows, number")
+                return Op(op), bits, rows, number, first[0] if first else 0
+    raise ProtocolError(_PARAMS)

@@ -80,9 +80,10 @@ def run(
     *,
     key: str | None = None,
     tls: Tls | None = None,
+    helper_key: str | None = None,
 ) -> Report:
     """Train the adapter that ``spec`` describes; ``on_event`` hears of every logged step.
-    ``key`` and ``tls`` are as for `symbiosis.connect`; they are written nowhere.
+    ``key``, ``tls`` and ``helper_key`` are as for `symbiosis.connect`; they are written nowhere.
 
     Raises MethodError, DataError, ModelError, ConnectionFailed and the other errors of a session.
     Interrupted (also by an exception from ``on_event``), it can be resumed from its last
@@ -93,7 +94,8 @@ def run(
     train, held_out = _read(spec)
     folder = RunFolder(spec.out)
     folder.check(resume=spec.resume, overwrite=spec.overwrite)
-    with folder, connected(spec, f"finetune {spec.out.name}", "training", key, tls) as base:
+    connection = connected(spec, f"finetune {spec.out.name}", "training", key, tls, helper_key)
+    with folder, connection as base:
         check_hosts(base, spec.expect_model)
         tokenizer = tokenizer_of(base)
         scope = loss_scope(train[0], tokenizer)

@@ -74,10 +74,11 @@ def run(
     *,
     key: str | None = None,
     tls: Tls | None = None,
+    helper_key: str | None = None,
 ) -> list[Answer]:
     """Answer every prompt with every adapter, prompt by prompt; ``write`` gets the text as it
-    comes. Every adapter is loaded before the first token. ``key`` and ``tls`` are as for
-    `symbiosis.connect`.
+    comes. Every adapter is loaded before the first token. ``key``, ``tls`` and
+    ``helper_key`` are as for `symbiosis.connect`.
 
     Raises ModelError for an adapter that does not fit, ConnectionFailed and the other errors of
     a session.
@@ -85,7 +86,7 @@ def run(
     for folder in spec.adapters:
         check_adapter_folder(folder)
     check_device(spec.device)
-    with connected(spec, "generate", "interactive", key, tls) as base:
+    with connected(spec, "generate", "interactive", key, tls, helper_key) as base:
         tokenizer = tokenizer_of(base)
         prompts = [_encoded(tokenizer, prompt, spec) for prompt in spec.prompts]
         models = _models(base, spec)

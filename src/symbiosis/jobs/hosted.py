@@ -26,6 +26,7 @@ def connected(
     priority: PriorityName,
     key: str | None,
     tls: Tls | None,
+    helper_key: str | None,
 ) -> Session:
     """A session with the executor that ``spec`` names; raises what `symbiosis.connect` raises."""
     return symbiosis.connect(
@@ -38,6 +39,7 @@ def connected(
         key=key,
         tls=tls,
         privacy=privacy_of(spec),
+        helper_key=helper_key,
     )
 
 

@@ -68,8 +68,9 @@ class MaskStream:
         return MaskStream, ()
 
 
-def expand(name: MaskName, rows: int, width: int, bits: int) -> Tensor:
-    """The mask (rows, width): residues in memory as `symbiosis.privacy.ring` has them.
+def expand(name: MaskName, rows: int, width: int, bits: int, start: int = 0) -> Tensor:
+    """The mask's ``rows`` from ``start`` on (rows, width): residues in memory as
+    `symbiosis.privacy.ring` has them.
 
     The bytes of the stream, row by row: four for a residue modulo 2^32, six modulo 2^48.
     """
@@ -77,15 +78,16 @@ def expand(name: MaskName, rows: int, width: int, bits: int) -> Tensor:
         ((rows, width), torch.int32) if bits == 8 else ((rows, width, WORDS), torch.int16)
     )
     words = torch.empty(shape, dtype=dtype)
-    num_bytes = words.nbytes
+    block, skipped = divmod(start * width * (4 if bits == 8 else 2 * WORDS), _BLOCK_BYTES)
+    num_bytes = skipped + words.nbytes
     # The cipher wants room for a block more than it writes.
     stream = torch.empty(num_bytes + _BLOCK_BYTES, dtype=torch.uint8)
-    counter = struct.pack(">QQ", name.number, 0)  # 2^64 blocks for each mask
+    counter = struct.pack(">QQ", name.number, block)  # 2^64 blocks for each mask
     cipher = Cipher(algorithms.AES(name.key), modes.CTR(counter)).encryptor()
     room, at = stream.numpy().data, 0
     while at < num_bytes:
         size = min(len(_ZEROS), num_bytes - at)
         at += cipher.update_into(_ZEROS[:size], room[at:])
-    if num_bytes:
-        words.view(torch.uint8).flatten().copy_(stream[:num_bytes])
+    if words.nbytes:
+        words.view(torch.uint8).flatten().copy_(stream[skipped:num_bytes])
     return from_wire(words)

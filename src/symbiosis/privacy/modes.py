@@ -170,8 +170,9 @@ _EVERYTHING = "tokens, activations, gradients, the adapter's product: see the gu
 
 _SOUND = "AES-256 and this machine's random numbers are sound"
 _HONEST = (
-    "answers are right: masks do not show a false one, which spoils text or adapter, and what is "
-    "asked next may depend on it"
+    "the weights are what you take them for (weights=, expect_digest=) and answers are right: "
+    "masks do not show false ones, which spoil text or adapter, and what is asked next may depend "
+    "on them"
 )
 
 _ASSUMPTIONS: dict[Mode, tuple[str, ...]] = {

@@ -38,6 +38,7 @@ _WEIGHTS: dict[int, torch.dtype] = {8: torch.int8, 16: torch.int16}
 _RESIDUES = {torch.int8: torch.int32, torch.int16: torch.int64}
 _EXACT_WIDTH = 1 << 15  # 2^7 · 2^31 · 2^15 and 2^15 · 2^23 · 2^15 are 2^53: fp64 is exact
 _BLOCK_ELEMENTS = 1 << 22  # of a weight, turned to fp64 at a time
+_BLOCK_RESIDUES = 1 << 20  # of input or result; what lies between takes up to 100 bytes for each
 
 
 class RingWeight(NamedTuple):
@@ -96,6 +97,22 @@ def ring_product(w_q: Tensor, u: Tensor) -> Tensor:
     if w_q.shape[1] <= digits.MAX_WIDTH[w_q.dtype] and _digits_win():
         return by_digits(w_q, u)
     return by_float64(w_q, u)
+
+
+def by_rows(rows: int, widest: int, compute: Callable[[int, int], list[Tensor]]) -> list[Tensor]:
+    """What ``compute(0, rows)`` returns, asked for in blocks of rows: so that what lies between
+    inputs and results takes about 120 MB at most, however many rows there are. ``widest`` is the
+    most residues of a row, in or out."""
+    step = max(1, _BLOCK_RESIDUES // max(1, widest))
+    if rows <= step:
+        return compute(0, rows)
+    results: list[Tensor] = []
+    for start in range(0, rows, step):
+        parts = compute(start, min(rows, start + step))
+        results = results or [part.new_empty(rows, *part.shape[1:]) for part in parts]
+        for result, part in zip(results, parts, strict=True):
+            result[start : start + len(part)] = part
+    return results
 
 
 def by_digits(w_q: Tensor, u: Tensor) -> Tensor:
