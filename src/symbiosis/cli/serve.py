@@ -201,7 +201,14 @@ def serve(
     urls = listen or [DEFAULT_URL]
     doors = Doors(urls, server_tls(tls_cert, tls_key, tls_client_ca), allow_remote, admin)
     check(doors, keys)
-    check_device(device, "--device")
+    if not supervise or not device.startswith("cuda"):
+        check_device(device, "--device")  # to count GPUs may begin CUDA, which no fork survives
+    if supervise and lend and device.startswith("cuda"):
+        raise typer.BadParameter(
+            "on a GPU the memory that is lent goes with the executor, so that its borrowers cannot "
+            "carry on with the next one: leave out --supervise or --lend",
+            param_hint="--lend",
+        )
     if supervise and dtype is Dtype.fastest:
         raise typer.BadParameter(
             "fastest is measured when an executor starts, and one that is started again must host "

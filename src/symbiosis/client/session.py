@@ -424,12 +424,12 @@ class Session:
                 self._identity = recognise(
                     channel, self.url, self._trust.expect_digest, self._identity, self.welcome
                 )
+                if self.borrowed is not None:
+                    self.borrowed.follow(channel.lent)
             except BaseException:
                 channel.close()
                 raise
             self._channel, self._channel_pid = channel, os.getpid()
-            if self.borrowed is not None and channel.lent is not None:
-                self.borrowed.follow(channel.lent)
         return self._channel
 
     def _reopen(self) -> Channel:
