@@ -248,6 +248,7 @@ def _supervise(load: Callable[[], Executor], doors: Doors, device: str, terms: s
     import torch
 
     from symbiosis.cli.supervisor import Supervisor
+    from symbiosis.jobs.hosted import check_device
     from symbiosis.transport.addresses import Address, listen
 
     threads = torch.get_num_threads()
@@ -261,6 +262,7 @@ def _supervise(load: Callable[[], Executor], doors: Doors, device: str, terms: s
 
     def work(ready: Callable[[], None], again: bool) -> None:
         torch.set_num_threads(threads)
+        check_device(device, "--device")
         with loaded or load() as executor:
             taken = doors.open(executor, listeners)
             ready()
