@@ -310,6 +310,8 @@ def test_a_device_s_memory_is_not_lent_to_tenants(
 ) -> None:
     with pytest.raises(SymbiosisError, match="not lent to tenants"):
         serve(tiny.llama(), lend=True, keys=tmp_path / "keys")
+    with pytest.raises(SymbiosisError, match="not lent to tenants"):  # before it is loaded
+        Executor.load(str(tmp_path), device="meta", lend=True, keys=tmp_path / "keys")
 
 
 @pytest.fixture

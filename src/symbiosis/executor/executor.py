@@ -76,10 +76,7 @@ class Executor:
         where tenants could change the weights of all."""
         self.weights = weights
         if keys is not None and weights.lender is not None and not weights.lender.is_sealed:
-            raise SymbiosisError(
-                "memory of a GPU can be written to by whoever borrows it, so it is not lent to "
-                "tenants: leave out --lend, or --keys where all clients are your own"
-            )
+            raise _not_lent_to_tenants()
         offer(weights, tuple(masked))
         self._masked_clients: set[int] = set()
         self._bounds = bounds
@@ -124,6 +121,8 @@ class Executor:
         themselves: read-only on the CPU; on a GPU, for clients on the same one, that they could
         write to. Those that may not fetch weights are lent none.
         """
+        if lend and keys is not None and torch.device(device).type != "cpu":
+            raise _not_lent_to_tenants()  # before minutes are spent on loading
         weights = Weights.load(model, dtype=dtype, device=device, quantize=quantize, lend=lend)
         return cls(
             weights,
@@ -417,6 +416,17 @@ class Executor:
             "max_payload_bytes": self._limits.payload_bytes,
             "masked": list(weights.ring),
         }
+
+
+def _not_lent_to_tenants() -> SymbiosisError:
+    return SymbiosisError(
+        "memory of a GPU can be written to by whoever borrows it, so it is not lent to tenants: "
+        "leave out --lend, or --keys where all clients are your own"
+    )
+
+
+def _tensors(answer: Result | SymbiosisError) -> tuple[torch.Tensor, ...]:
+    return answer.tensors if isinstance(answer, Result) else ()
 
 
 def _printable(text: object, most: int) -> str:
