@@ -36,6 +36,7 @@ from symbiosis.executor.quantized import Scheme
 from symbiosis.executor.ring import describe, not_offered, offer, only_ring
 from symbiosis.executor.scheduler import Policy, Scheduler, Terms
 from symbiosis.executor.server import Server
+from symbiosis.executor.streams import on_default
 from symbiosis.executor.weights import Weights
 from symbiosis.privacy.modes import Bits
 from symbiosis.transport.addresses import Address
@@ -278,12 +279,16 @@ class Executor:
         except SymbiosisError as error:
             self._engine.refused(client)
             return error
-        self._engine.submit(client, exchange, plan, answer.append)
-        with torch.no_grad():
-            while not answer:
-                if not self._engine.run_once() and not answer:
-                    time.sleep(min(self._engine.wait_s() or 0.0, 0.001))
-        return answer[0]
+
+        def computed() -> Result | SymbiosisError:
+            self._engine.submit(client, exchange, plan, answer.append)
+            with torch.no_grad():
+                while not answer:
+                    if not self._engine.run_once() and not answer:
+                        time.sleep(min(self._engine.wait_s() or 0.0, 0.001))
+            return answer[0]
+
+        return on_default(self.weights.device, computed, _tensors)
 
     def answer(self, client: int, question: Json) -> tuple[Json, torch.Tensor]:
         """The answer to a REQUEST. Raises RequestRefused, FetchRefused, UnknownWeight,
