@@ -110,7 +110,9 @@ class Session:
         self._channel_pid = 0
         self._closing = threading.Event()
         self._counters = Counters()
-        self._ahead = Ahead(functools.partial(_vector_id, weakref.ref(self)))
+        self._ahead = Ahead(
+            functools.partial(_vector_id, weakref.ref(self)), in_process=url == "inproc"
+        )
         self._fetched: dict[int, Tensor] = {}
         self._folder: Path | None = None
         self._remove_folder: weakref.finalize[[Path, int], Session] | None = None
