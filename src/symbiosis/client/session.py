@@ -158,7 +158,8 @@ class Session:
         """
         from symbiosis.client.load import build_model  # the model builder needs the session
 
-        return build_model(self, auto_class, torch.device(device or "cpu"), dtype)
+        where = torch.empty(0, device=device or "cpu").device  # with its number
+        return build_model(self, auto_class, where, dtype)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the executor ships with the model."""
@@ -367,6 +368,8 @@ class Session:
         exchange = Exchange(
             op, weights, biases, recipe, params, specs, tensors, self._priority_of(recording)
         )
+        if tensors[0].is_cuda and self.url != "inproc":  # its own kernels are no part of the wait
+            torch.cuda.current_stream(tensors[0].device).synchronize()
         started_s = time.perf_counter()
         try:
             result = self._open().exchange(exchange)
