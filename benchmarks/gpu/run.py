@@ -401,6 +401,7 @@ class Bench:
         whole = self.made(sizes.llama)
         parameters = sum(p.numel() for p in whole.parameters())
         lone_s, lone_peak = self._train([Job(whole, self)])
+        self.give_back()
         rows = {}
         with Executor.of(whole) as hosted:
             for count in sorted({1, 2, sizes.jobs}):
