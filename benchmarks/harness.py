@@ -53,6 +53,9 @@ LLAMA_1B = {
 }
 """1.03 billion parameters, 4.1 GB in fp32: the shape of TinyLlama."""
 
+_START_S = 300
+"""For an executor to be ready in."""
+
 SIZES = {"110m": LLAMA_110M, "1b": LLAMA_1B}
 
 
@@ -226,7 +229,8 @@ def executor(model: Path, *options: str) -> Iterator[Served]:
 
 
 def _tcp_url(process: subprocess.Popen[bytes], log: Path) -> str:
-    while process.poll() is None:
+    last_s = time.monotonic() + _START_S
+    while process.poll() is None and time.monotonic() < last_s:
         text = log.read_text()
         if "ready" in text:
             return next(word for word in text.split() if word.startswith("tcp://127.0.0.1:"))

@@ -8,7 +8,10 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -189,6 +192,29 @@ def test_a_model_that_cannot_be_hosted_is_not_tried_again(tmp_path: Path) -> Non
     assert not (tmp_path / "base.sock").exists()
 
 
+def test_a_gpu_is_looked_for_in_the_child(model_folder: Path, tmp_path: Path) -> None:
+    """CUDA that has begun in a parent is of no use after a fork."""
+    address = ("--listen", f"unix://{tmp_path}/base.sock")
+    done = run("serve", model_folder, *address, "--supervise", "--device", "cuda:9")
+    assert (done.code, "no usable CUDA device" in done.error) == (1, True)
+    code = (
+        "import os, sys, torch\n"
+        "from symbiosis.cli import main\n"
+        "parent = os.getpid()\n"
+        "def count():\n"
+        "    print(os.getpid() == parent, flush=True)\n"
+        "    return 0\n"
+        "torch.cuda.device_count = count\n"
+        "main.main()\n"
+    )
+    arguments = ["serve", str(model_folder), *address, "--supervise", "--device", "cuda"]
+    counted = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True
+    )
+    assert "False" in counted.stdout
+    assert "True" not in counted.stdout
+
+
 def test_without_a_supervisor_patience_ends(model_folder: Path, tmp_path: Path) -> None:
     server = serve(model_folder, tmp_path)
     with connect(server.tcp, retry_s=1) as session:
@@ -197,3 +223,23 @@ def test_without_a_supervisor_patience_ends(model_folder: Path, tmp_path: Path) 
         finish(server.process)
         with pytest.raises(SymbiosisError, match="no executor answers"):
             model(torch.randint(3, 300, (1, 5)))
+
+
+def test_a_supervisor_that_rests_hears_at_once() -> None:
+    """After false starts it rests for seconds, and a sleep goes on after a signal."""
+    code = (
+        "import os, signal, time\n"
+        "from symbiosis.cli import supervisor\n"
+        "supervisor._PAUSE_S = 5\n"
+        "def work(ready, again):\n"
+        "    print('up', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "raise SystemExit(supervisor.Supervisor(work).run())\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    time.sleep(0.5)  # until the parent rests
+    process.terminate()
+    assert process.wait(5) == 0
+    process.stdout.close()

@@ -2,12 +2,15 @@
 
 ``python benchmarks/gpu/run.py`` downloads nothing: the models are random. Parts:
 ``check`` (split against whole, the same numbers), ``exchange`` (its price in process, and between
-processes with and without MPS), ``jobs`` (Llama-2-13B: how many fine-tuning jobs fit), ``many``
-(20 Gemma-2-27B adapters trained at once), ``decode`` (1, 4 and 16 clients against HF eager),
-``context`` (a client whose cache and attention are in host memory, against HF's offloaded cache)
-and ``lent`` (processes that compute with one base, lent by CUDA IPC, against the whole model).
-A part that fails says why and does not stop the others. Every figure stands beside its physical
-limit, from the arithmetic and the bandwidths that this machine showed in the same call.
+processes with and without MPS), ``decode`` (1, 4 and 16 clients against HF eager), ``jobs``
+(Llama-2-13B: how many fine-tuning jobs fit), ``context`` (a client whose cache and attention are in
+host memory, against HF's offloaded cache), ``lent`` (processes that compute with one base, lent by
+CUDA IPC, against the whole model) and ``many`` (20 Gemma-2-27B adapters trained at once, or as many
+as fit). A part that fails says why and does not stop the others. Every figure stands beside its
+physical limit, from the arithmetic and the bandwidths that this machine showed in the same call.
+
+Results are written after each part. ``--out FILE`` keeps what other calls on this device wrote
+there, so that the parts may be spread over several calls (``--only``).
 
 ``--device cpu --stand-in`` runs every part with tiny models, for a machine without a GPU.
 """
@@ -21,6 +24,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -61,6 +65,7 @@ from harness import (  # noqa: E402
     make_model,
     save,
 )
+from symbiosis.errors import ExchangeFailed  # noqa: E402
 from symbiosis.executor.executor import Executor  # noqa: E402
 from symbiosis.executor.weights import Weights  # noqa: E402
 from worker import METHODS  # noqa: E402
@@ -80,11 +85,21 @@ class Sizes:
     sequence: int = 512
     jobs: int = 4
     adapters: int = 20
+    adapter_sequence: int = 256  # so that 20 fit into 139 GiB, logits of 256k words included
     clients: tuple[int, ...] = (1, 4, 16)
     tokens: int = 32
     contexts: tuple[int, ...] = (4096, 32768)
     stand_in: bool = False
 
+
+STEPS = 3
+"""That are timed, after one to warm up: the median counts."""
+
+THREADS = "threads of one interpreter: its lock bounds what they reach together"
+"""What the clients of ``decode``, ``jobs`` and ``many`` are; those of ``lent`` are processes."""
+
+MARGIN = 0.95
+"""Of the memory that is free: the rest is for what a linear formula does not see."""
 
 EXCHANGED = {"8 KB": 8 << 10, "1 MB": 1 << 20}
 """What crosses in one exchange, each way."""
@@ -139,6 +154,25 @@ def stand_in_sizes() -> Sizes:
     )
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How many jobs fit into a device's memory, in bytes: what a job takes and what all share."""
+
+    available: int
+    fixed: int
+    job: int
+
+    @property
+    def count(self) -> int:
+        return max(0, int(MARGIN * self.available - self.fixed) // self.job)
+
+    def __str__(self) -> str:
+        return (
+            f"({MARGIN} · {self.available / GIB:.1f} GiB - {self.fixed / GIB:.1f}) / "
+            f"{self.job / GIB:.3f} = {self.count}"
+        )
+
+
 class Bench:
     """The device, its limits, and the parts; each part returns what goes into the results."""
 
@@ -153,10 +187,17 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def memory(self) -> int:
-        """The peak since `forget_peak`; without a GPU what the process has now."""
+        """The most that torch has held since `begin_peak`; without a GPU what the process has."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_reserved(self.device)
         return int(psutil.Process().memory_info().rss)
+
+    def available(self) -> int:
+        """What torch holds, and what it could still take."""
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+            return free + torch.cuda.memory_reserved(self.device)
+        return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
 
     def used(self) -> int:
         """Of the device's memory, by all processes."""
@@ -165,11 +206,15 @@ class Bench:
             return total - free
         return int(psutil.virtual_memory().used)
 
-    def forget_peak(self) -> None:
+    def begin_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def give_back(self) -> None:
+        """What earlier work left goes back to the device, which takes time to ask for again."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
 
     def total_memory(self) -> int:
         if self.device.type == "cuda":
@@ -182,8 +227,9 @@ class Bench:
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu (a stand-in)",
             "torch": torch.__version__,
             "memory_gib": self.total_memory() / GIB,
-            "bandwidth_gb_per_s": self.bandwidth / 1e9,
-            "host_bandwidth_gb_per_s": self.host_bandwidth / 1e9,
+            "copy_gb_per_s": self.copying / 1e9,
+            "read_gb_per_s": self.reading / 1e9,
+            "host_read_gb_per_s": self.host_reading / 1e9,
             "link_gb_per_s": self.link / 1e9,
             "bf16_tflops": self.flops / 1e12,
         }
@@ -199,14 +245,24 @@ class Bench:
         return min(times)
 
     @functools.cached_property
-    def bandwidth(self) -> float:
-        """Of the device's memory: bytes/s, read and written."""
+    def copying(self) -> float:
+        """Of the device's memory: bytes/s, read and written, each counted."""
         return 2 * self._copied(self.device, self.device)
 
     @functools.cached_property
-    def host_bandwidth(self) -> float:
+    def reading(self) -> float:
+        """Of the device's memory: bytes/s, only read, as decoding does it."""
+        return self._read(self.device)
+
+    @functools.cached_property
+    def host_reading(self) -> float:
         """The same of the host's memory."""
-        return 2 * self._copied(_HOST, _HOST)
+        return self._read(_HOST)
+
+    def _read(self, device: torch.device) -> float:
+        size = GIB if self.device.type == "cuda" else GIB // 16
+        a = torch.ones(size // 4, device=device)
+        return size / self._best_s(a.sum)
 
     @functools.cached_property
     def link(self) -> float:
@@ -226,7 +282,10 @@ class Bench:
     def flops(self) -> float:
         """Of bf16 products, a second."""
         n = 8192 if self.device.type == "cuda" else 512
-        a = torch.ones(n, n, dtype=torch.bfloat16, device=self.device)
+        a = torch.randn(n, n, device=self.device).to(torch.bfloat16)  # ones would cost less power
+        started_s = time.perf_counter()
+        while time.perf_counter() - started_s < 0.5:  # until clocks are those of lasting work
+            self._best_s(lambda: a @ a)
         return 2 * n**3 / self._best_s(lambda: a @ a)
 
     def training_limit(self, parameters: int) -> float:
@@ -281,19 +340,10 @@ class Bench:
             symbiosis.connect(hosted) as session,
         ):
             found["in process"] = _exchange_us(session, str(self.device))
-        for name, around in (("processes", contextlib.nullcontext(True)), ("with MPS", _mps())):
-            with around as there:
-                if not there:
-                    found[name] = "no MPS here"
-                    continue
-                with executor(folder, "--device", str(self.device)) as served:
-                    command = [sys.executable, __file__, "--device", str(self.device)]
-                    output = subprocess.check_output(
-                        [*command, "--exchange-client", served.unix], text=True
-                    )
-                    found[name] = json.loads(output.splitlines()[-1])
+        found["processes"] = self._exchanged(folder)
+        found["with MPS"] = _with_mps(lambda: self._exchanged(folder))
         limits = {
-            label: {"in process": 2 * size / self.bandwidth, "processes": 4 * size / self.link}
+            label: {"in process": 2 * size / self.copying, "processes": 4 * size / self.link}
             for label, size in EXCHANGED.items()
         }
         for name, times in found.items():
@@ -305,88 +355,25 @@ class Bench:
             )
         return {**found, "limits_s": limits}
 
-    def jobs(self) -> dict[str, Any]:
-        """Fine-tuning jobs (LoRA r = 16, all linear layers, AdamW, checkpointing) on one executor,
-        and the same job with a copy of the base to itself."""
-        sizes = self.sizes
-        self.forget_peak()
-        whole = self.made(sizes.llama)
-        base, parameters = _bytes_of(whole), sum(p.numel() for p in whole.parameters())
-        lone_s, lone_peak = self._train([Job(whole, self)])
-        alone = max(1, lone_peak - base)
-        rows = {}
-        with Executor.of(whole) as hosted:
-            for count in sorted({1, 2, sizes.jobs}):
-                with contextlib.ExitStack() as sessions:
-                    open_jobs = [
-                        Job(self._client(hosted, sessions), self, seed) for seed in range(count)
-                    ]
-                    rows[count] = self._train(open_jobs)
-        job = max(1, (rows[sizes.jobs][1] - rows[1][1]) // max(1, sizes.jobs - 1))
-        fixed, total = rows[1][1] - job, self.total_memory()
-        tokens = sizes.batch * sizes.sequence
-        limit = self.training_limit(parameters)
-        for count, (seconds, peak) in rows.items():
-            print(
-                f"  {count} jobs: {count * tokens / seconds:.0f} tokens/s "
-                f"(whole, alone: {tokens / lone_s:.0f}; flops / (6 · parameters) allows "
-                f"{limit:.0f}), peak {peak / GIB:.2f} GiB"
-            )
-        fit, separate = (total - fixed) // job, total // (base + alone)
-        print(
-            f"  {total / GIB:.0f} GiB hold (total - {fixed / GIB:.1f}) / {job / GIB:.2f} = {fit} "
-            f"jobs on one base, total / {(base + alone) / GIB:.1f} = {separate} with a base each"
-        )
-        return {
-            "rows": {
-                count: {"tokens_per_s": count * tokens / seconds, "peak": peak}
-                for count, (seconds, peak) in rows.items()
-            },
-            "whole": {"tokens_per_s": tokens / lone_s, "peak": lone_peak},
-            "limit_tokens_per_s": limit,
-            "jobs_that_fit": fit,
-            "separate_that_fit": separate,
-        }
-
-    def many(self) -> dict[str, Any]:
-        """As many Gemma-2 adapters as the paper's own figure asks for, trained at once."""
-        sizes = self.sizes
-        self.forget_peak()
-        config = sizes.gemma
-        need = _parameters_of(config) * 2
-        if need > 0.9 * self.total_memory():
-            raise RuntimeError(f"{need / GIB:.0f} GiB of weights do not fit into this device")
-        with Executor.of(self.made(config)) as hosted:
-            base = hosted.weights.num_bytes
-            with contextlib.ExitStack() as sessions:
-                open_jobs = [
-                    Job(self._client(hosted, sessions), self, seed, batch=1)
-                    for seed in range(sizes.adapters)
-                ]
-                seconds, peak = self._train(open_jobs)
-        tokens = sizes.adapters * sizes.sequence
-        allowed = self.training_limit(hosted.weights.num_parameters)
-        print(
-            f"  {sizes.adapters} adapters at once: {tokens / seconds:.0f} tokens/s "
-            f"(flops / (6 · parameters) allows {allowed:.0f}), peak {peak / GIB:.1f} GiB, "
-            f"the base {base / GIB:.1f} of it"
-        )
-        return {
-            "adapters": sizes.adapters,
-            "tokens_per_s": tokens / seconds,
-            "limit_tokens_per_s": allowed,
-            "peak": peak,
-            "base": base,
-        }
+    def _exchanged(self, folder: Path) -> Any:
+        """What `_exchange_us` finds between two processes."""
+        command = [sys.executable, __file__, "--device", str(self.device), "--exchange-client"]
+        with executor(folder, "--device", str(self.device)) as served:
+            output = subprocess.check_output([*command, served.unix], text=True, timeout=120)
+        return json.loads(output.splitlines()[-1])
 
     def decode(self) -> dict[str, Any]:
         """Greedy decoders of four methods on one executor; the peer is HF eager, one sequence."""
         sizes = self.sizes
-        self.forget_peak()
+        self.give_back()
         whole = self.made(sizes.llama)
         lone = self._decode([whole])
-        floor_s = _bytes_of(whole) / self.bandwidth
-        found: dict[str, Any] = {"hf_eager_tokens_per_s": lone, "limit_steps_per_s": 1 / floor_s}
+        floor_s = _bytes_of(whole) / self.reading
+        found: dict[str, Any] = {
+            "hf_eager_tokens_per_s": lone,
+            "limit_steps_per_s": 1 / floor_s,
+            "clients": THREADS,
+        }
         names = list(METHODS)
         with Executor.of(whole) as hosted:
             for count in sizes.clients:
@@ -406,11 +393,55 @@ class Bench:
                 )
         return found
 
+    def jobs(self) -> dict[str, Any]:
+        """Fine-tuning jobs (LoRA r = 16, all linear layers, AdamW, checkpointing) on one executor,
+        and the same job with a copy of the base to itself."""
+        sizes = self.sizes
+        self.give_back()
+        whole = self.made(sizes.llama)
+        parameters = sum(p.numel() for p in whole.parameters())
+        lone_s, lone_peak = self._train([Job(whole, self)])
+        self.give_back()
+        rows = {}
+        with Executor.of(whole) as hosted:
+            for count in sorted({1, 2, sizes.jobs}):
+                with contextlib.ExitStack() as sessions:
+                    rows[count] = self._train(
+                        [Job(self._client(hosted, sessions), self, seed) for seed in range(count)]
+                    )
+                self.give_back()
+            fit = self._fit((1, rows[1][1]), (sizes.jobs, rows[sizes.jobs][1]))
+        tokens = sizes.batch * sizes.sequence
+        limit = self.training_limit(parameters)
+        for count, (seconds, peak) in rows.items():
+            print(
+                f"  {count} jobs: {count * tokens / seconds:.0f} tokens/s "
+                f"(whole, alone: {tokens / lone_s:.0f}; flops / (6 · parameters) allows "
+                f"{limit:.0f}), peak {peak / GIB:.2f} GiB"
+            )
+        separate = int(MARGIN * fit.available) // lone_peak
+        print(
+            f"  {fit} jobs on one base, {MARGIN} · {fit.available / GIB:.1f} / "
+            f"{lone_peak / GIB:.1f} = {separate} with a base each"
+        )
+        return {
+            "rows": {
+                count: {"tokens_per_s": count * tokens / seconds, "peak": peak}
+                for count, (seconds, peak) in rows.items()
+            },
+            "whole": {"tokens_per_s": tokens / lone_s, "peak": lone_peak},
+            "limit_tokens_per_s": limit,
+            "jobs_that_fit": fit.count,
+            "formula": str(fit),
+            "separate_that_fit": separate,
+            "clients": THREADS,
+        }
+
     def context(self) -> dict[str, Any]:
         """A token after a long context: cache and attention on the device, in host memory beside
         frozen layers on the device, and HF's offloaded cache as the peer."""
         sizes, found = self.sizes, {}
-        self.forget_peak()
+        self.give_back()
         whole = self.made(sizes.llama)
         with (
             Executor.of(whole) as hosted,
@@ -428,19 +459,21 @@ class Bench:
             for length in sizes.contexts:
                 cache = self._cache_bytes(whole, length)
                 limits = {
-                    "whole, cache on the device": (weights + cache) / self.bandwidth,
-                    "client on the device": (weights + cache) / self.bandwidth,
-                    "client in host memory": weights / self.bandwidth + cache / self.host_bandwidth,
-                    "whole, offloaded cache": max(weights / self.bandwidth, cache / self.link),
+                    "whole, cache on the device": (weights + cache) / self.reading,
+                    "client on the device": (weights + cache) / self.reading,
+                    "client in host memory": weights / self.reading + cache / self.host_reading,
+                    "whole, offloaded cache": max(weights / self.reading, cache / self.link),
                 }
                 for name, (model, offloads) in sides.items():
                     try:
                         seconds = self._token_s(model, length, offloads)
-                    except torch.OutOfMemoryError as error:
-                        found[f"{length}: {name}"] = f"out of memory: {error}"
+                    except (torch.OutOfMemoryError, ExchangeFailed) as error:
+                        if "out of memory" not in str(error):
+                            raise
+                        found[f"{length}: {name}"] = str(error)
                         continue
                     finally:
-                        self.forget_peak()
+                        self.give_back()
                     found[f"{length}: {name}"] = seconds
                     found[f"{length}: {name}, limit"] = limits[name]
                     print(
@@ -453,7 +486,7 @@ class Bench:
         """One base, lent to processes of their own: the same logits, and the tokens per second of
         one to several of them, fine-tuning and decoding, beside the whole model in one process."""
         sizes = self.sizes
-        self.forget_peak()
+        self.give_back()
         whole = self.made(sizes.llama)
         seconds, _ = self._train([Job(whole, self)])
         lone = {
@@ -462,7 +495,7 @@ class Bench:
         }
         limits = {
             "training": self.training_limit(sum(p.numel() for p in whole.parameters())),
-            "decoding": self.bandwidth / _bytes_of(whole),  # each reads the base for itself
+            "decoding": self.reading / _bytes_of(whole),  # each reads the base for itself
         }
         print(f"  flops / (6 · parameters) and bandwidth / weight bytes allow {limits} tokens/s")
         expected = _probe(whole)
@@ -472,31 +505,100 @@ class Bench:
             Executor(Weights(whole, "lent", lend=True)) as hosted,
         ):
             url = hosted.listen([f"unix://{folder}/base.sock"])[0]
-            self.forget_peak()  # and what the weights lay in before goes back to the device
+            self.give_back()  # and what the weights lay in before goes back to the device
             before = self.used()
             for count in sorted({1, 2, sizes.jobs}):
-                with contextlib.ExitStack() as stack:
-                    borrowers = []
-                    for _ in range(count):
-                        borrowers.append(_borrower(url, self))
-                        stack.callback(borrowers[-1].close)
-                    rates = {kind: _rate(borrowers, kind) for kind in lone}
-                    used = self.used() - before
-                    for borrower in borrowers:
-                        borrower.run(do="logits", file=f"{folder}/logits.pt")
-                        if not torch.equal(torch.load(f"{folder}/logits.pt"), expected):
-                            raise AssertionError("a borrower's logits are not the whole model's")
-                found[f"{count} processes"] = {**rates, "bytes_beside_the_base": used}
-                print(
-                    f"  {count} processes: "
-                    + ", ".join(
-                        f"{kind} {rate:.1f} tokens/s (whole, alone {lone[kind]:.1f}: "
-                        f"× {rate / lone[kind]:.2f})"
-                        for kind, rate in rates.items()
-                    )
-                    + f", {used / GIB:.2f} GiB beside the base"
-                )
+                found[f"{count} processes"] = self._lent_to(count, url, lone, expected, before)
+            found["with MPS"] = _with_mps(
+                lambda: self._lent_to(sizes.jobs, url, lone, expected, before)
+            )
         return found
+
+    def _lent_to(
+        self, count: int, url: str, lone: dict[str, float], expected: torch.Tensor, before: int
+    ) -> dict[str, float]:
+        """Tokens per second of ``count`` processes; ``lone`` are those of the whole model, and
+        ``before`` the memory that was in use without them."""
+        with contextlib.ExitStack() as stack:
+            borrowers = [_borrower(url, self) for _ in range(count)]
+            for borrower in borrowers:
+                stack.callback(borrower.close)
+            overdue = threading.Timer(
+                240, lambda: [os.kill(b.pid, signal.SIGKILL) for b in borrowers]
+            )
+            stack.callback(overdue.cancel)
+            overdue.start()
+            for borrower in borrowers:
+                borrower.ready()
+            rates = {kind: _rate(borrowers, kind) for kind in lone}
+            used = self.used() - before
+            for borrower in borrowers:
+                with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+                    borrower.run(do="logits", file=file.name)
+                    if not torch.equal(torch.load(file.name), expected):
+                        raise AssertionError("a borrower's logits are not the whole model's")
+        print(
+            f"  {count} processes: "
+            + ", ".join(
+                f"{kind} {rate:.1f} tokens/s (whole, alone {lone[kind]:.1f}: "
+                f"× {rate / lone[kind]:.2f})"
+                for kind, rate in rates.items()
+            )
+            + f", {used / GIB:.2f} GiB beside the base",
+            flush=True,
+        )
+        return {**rates, "bytes_beside_the_base": used}
+
+    def many(self) -> dict[str, Any]:
+        """As many Gemma-2 adapters (LoRA r = 8 on the attention) as the paper's own figure asks
+        for, trained at once; or as many as fit, by what one and two of them take."""
+        sizes = self.sizes
+        self.give_back()
+        config = sizes.gemma
+        need = _parameters_of(config) * 2
+        if need > MARGIN * self.available():
+            raise RuntimeError(f"{need / GIB:.0f} GiB of weights do not fit into this device")
+        with Executor.of(self.made(config)) as hosted:
+            base, parameters = hosted.weights.num_bytes, hosted.weights.num_parameters
+            fit = self._fit(*((count, self._adapters(hosted, count)[1]) for count in (1, 2)))
+            count = max(1, min(sizes.adapters, fit.count))
+            print(f"  {fit} adapters fit: {count} train", flush=True)
+            seconds, peak = self._adapters(hosted, count)
+        tokens = count * sizes.adapter_sequence
+        allowed = self.training_limit(parameters)
+        print(
+            f"  {count} adapters at once: {tokens / seconds:.0f} tokens/s "
+            f"(flops / (6 · parameters) allows {allowed:.0f}), peak {peak / GIB:.1f} GiB, "
+            f"the base {base / GIB:.1f} of it"
+        )
+        return {
+            "adapters": count,
+            "asked_for": sizes.adapters,
+            "formula": str(fit),
+            "tokens_per_s": tokens / seconds,
+            "limit_tokens_per_s": allowed,
+            "peak": peak,
+            "base": base,
+            "clients": THREADS,
+        }
+
+    def _adapters(self, hosted: Executor, count: int) -> tuple[float, int]:
+        shape = 1, self.sizes.adapter_sequence
+        try:
+            with contextlib.ExitStack() as sessions:
+                return self._train(
+                    [
+                        Job(self._client(hosted, sessions), self, seed, _on_attention, shape)
+                        for seed in range(count)
+                    ]
+                )
+        finally:
+            self.give_back()
+
+    def _fit(self, few: tuple[int, int], more: tuple[int, int]) -> Fit:
+        """From two counts of jobs and the memory that each took."""
+        job = max(1, (more[1] - few[1]) // (more[0] - few[0]))
+        return Fit(self.available(), few[1] - few[0] * job, job)
 
     # Work
 
@@ -505,30 +607,37 @@ class Bench:
         return session.model(device=self.device).eval()
 
     def _train(self, jobs: list[Job]) -> tuple[float, int]:
-        """One step of each to warm up, then one of each at once: seconds, and peak memory."""
-        losses = _together([job.step for job in jobs])[1]
-        self.forget_peak()
-        seconds, more = _together([job.step for job in jobs])
-        if not all(map(_finite, (*losses, *more))):
-            raise AssertionError(f"losses {losses} {more}")
+        """Seconds of a step of each at once, and the peak memory."""
+        steps = [job.step for job in jobs]
+        losses = _together(steps)[1]
+        self.begin_peak()
+        times = []
+        for _ in range(STEPS):
+            seconds, more = _together(steps)
+            times.append(seconds)
+            losses += more
+        if not all(map(_finite, losses)):
+            raise AssertionError(f"losses {losses}")
         peak = self.memory()
         for job in jobs:
             job.end()
-        return seconds, peak
+        return statistics.median(times), peak
 
     def _decode(self, models: list[Any]) -> float:
-        """Tokens per second of all together, prompts not counted; the first round warms up."""
-        tokens = self.sizes.tokens
-        for _ in range(2):
-            caches = [self._prompted(model) for model in models]
-            pairs = zip(models, caches, strict=True)
-            seconds, _ = _together([functools.partial(self._go_on, *p, tokens) for p in pairs])
-        return len(models) * tokens / seconds
+        """Tokens per second of all together, prompts not counted."""
+        tokens, times = self.sizes.tokens, []
+        for _ in range(1 + STEPS):
+            prompted = [self._prompted(model) for model in models]
+            pairs = zip(models, prompted, strict=True)
+            times.append(_together([functools.partial(self._go_on, *p, tokens) for p in pairs])[0])
+        return len(models) * tokens / statistics.median(times[1:])
 
     @torch.no_grad()
     def _prompted(self, model: Any) -> Any:
         ids = self.ids(model.config, 1, 16)
-        return model(ids, use_cache=True, logits_to_keep=1)
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        self.synchronize()
+        return out
 
     @torch.no_grad()
     def _go_on(self, model: Any, out: Any, tokens: int) -> None:
@@ -550,9 +659,10 @@ class Bench:
         config = model.config
         cache = DynamicCache(config=config, **({"offloading": True} if offloads else {}))
         heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        keys = torch.randn(1, heads, length, width, dtype=model.dtype, device=model.device)
         for layer in range(config.num_hidden_layers):
-            keys = torch.randn(1, heads, length, width, dtype=model.dtype, device=model.device)
-            cache.update(keys, keys.clone(), layer)
+            cache.update(keys, keys, layer)  # which copies them
+        del keys
         token = torch.ones(1, 1, dtype=torch.long, device=model.device)
         times = []
         for _ in range(6):
@@ -568,14 +678,21 @@ class Job:
     """One fine-tuning job in this process."""
 
     def __init__(
-        self, model: PreTrainedModel, bench: Bench, seed: int = 0, batch: int | None = None
+        self,
+        model: PreTrainedModel,
+        bench: Bench,
+        seed: int = 0,
+        lora: Callable[[], LoraConfig] = lambda: LoraConfig(r=16, target_modules="all-linear"),
+        shape: tuple[int, int] | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self._base = model
-        model.enable_input_require_grads()
+        self._hooks = model.get_input_embeddings()._forward_hooks
+        self._hooks_before = set(self._hooks)
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear")).train()
-        self._ids = bench.ids(model.config, batch or bench.sizes.batch, bench.sizes.sequence)
+        self._model = get_peft_model(model, lora()).train()  # and inputs that ask for gradients
+        sizes = bench.sizes
+        self._ids = bench.ids(model.config, *(shape or (sizes.batch, sizes.sequence)))
         trainable = [p for p in self._model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(trainable, 1e-4)
         self._synchronize = bench.synchronize
@@ -592,31 +709,44 @@ class Job:
         """Leaves the base as it was."""
         self._model.unload()
         self._base.gradient_checkpointing_disable()
-        self._base.disable_input_require_grads()
+        for hook in set(self._hooks) - self._hooks_before:  # transformers' and peft's own
+            del self._hooks[hook]
         self._base.eval()
         del self._optimizer
+
+
+def _on_attention() -> LoraConfig:
+    return LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
 
 
 def _borrower(url: str, bench: Bench) -> Process:
     """A process that borrows the base, and does as it is told; see `borrow`."""
     stand_in = ["--stand-in"] if bench.sizes.stand_in else []
     command = [sys.executable, __file__, "--device", str(bench.device), *stand_in]
-    return Process([*command, "--borrower", url], environment(passive=True, ours=True)).ready()
+    return Process([*command, "--borrower", url], environment(passive=True, ours=True))
 
 
 def _rate(borrowers: list[Process], kind: str) -> float:
-    """Tokens per second of all together; the first round warms up."""
-    for _ in range(2):
-        started_s = time.perf_counter()
-        for borrower in borrowers:
-            borrower.start(do=kind)
-        tokens = sum(borrower.finish()["tokens"] for borrower in borrowers)
-        seconds = time.perf_counter() - started_s
-    return float(tokens / seconds)
+    """Tokens per second of all together, from the first that begins to the last that ends, by the
+    clock that processes share; prompts are not counted."""
+    rates = []
+    for _ in range(1 + STEPS):
+        if kind == "decoding":
+            _all(borrowers, "prompt")
+        done = _all(borrowers, kind)
+        span_s = max(each["ended_s"] for each in done) - min(each["started_s"] for each in done)
+        rates.append(sum(each["tokens"] for each in done) / span_s)
+    return float(statistics.median(rates[1:]))
+
+
+def _all(borrowers: list[Process], kind: str) -> list[dict[str, Any]]:
+    for borrower in borrowers:
+        borrower.start(do=kind)
+    return [borrower.finish() for borrower in borrowers]
 
 
 def borrow(url: str, bench: Bench) -> None:
-    """A borrower's process: answers each command with the tokens that it has computed."""
+    """A borrower's process: answers each command with the tokens that it has computed, and when."""
     sizes = bench.sizes
     with symbiosis.connect(url) as session:
         model = session.model(device=bench.device).eval()
@@ -624,22 +754,25 @@ def borrow(url: str, bench: Bench) -> None:
         job: Job | None = None
         for line in sys.stdin:
             command = json.loads(line)
-            kind, tokens = command["do"], 0
+            kind, tokens, started_s = command["do"], 0, time.monotonic()
             if kind != "training" and job is not None:
                 job.end()
                 job = None
             if kind == "logits":
                 torch.save(_probe(model), command["file"])
+            elif kind == "prompt":
+                prompted = bench._prompted(model)
             elif kind == "training":
                 job = job or Job(model, bench)
                 job.step()
                 tokens = sizes.batch * sizes.sequence
             else:
-                bench._go_on(model, bench._prompted(model), sizes.tokens)
+                bench._go_on(model, prompted, sizes.tokens)
                 tokens = sizes.tokens
+            times = {"started_s": started_s, "ended_s": time.monotonic()}
             if session.stats().exchanges:
                 raise AssertionError("nothing was lent: it exchanges")
-            print(json.dumps({"tokens": tokens}), flush=True)
+            print(json.dumps({"tokens": tokens, **times}), flush=True)
 
 
 @torch.no_grad()
@@ -696,7 +829,7 @@ def _exchange_us(session: symbiosis.Session, device: str) -> dict[str, float]:
             with torch.no_grad():
                 y = F.linear(x.clone(), weight)
             if y.is_cuda:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(y.device)
             times.append((time.perf_counter() - started_s) * 1e6)
         found[label] = statistics.median(times[50:])
     return found
@@ -708,16 +841,29 @@ def _mps() -> Iterator[bool]:
     if not torch.cuda.is_available() or shutil.which("nvidia-cuda-mps-control") is None:
         yield False
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         places = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
         os.environ.update(places)
         try:
-            subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True)
+            subprocess.run(["nvidia-cuda-mps-control", "-d"], check=True, timeout=30)
             yield True
         finally:
-            subprocess.run(["nvidia-cuda-mps-control"], input="quit\n", text=True, check=False)
+            with contextlib.suppress(OSError, subprocess.SubprocessError):
+                subprocess.run(
+                    ["nvidia-cuda-mps-control"], input="quit\n", text=True, check=False, timeout=30
+                )
             for name in places:
                 del os.environ[name]
+
+
+def _with_mps(work: Callable[[], Any]) -> Any:
+    """What ``work`` returns with a multi-process service, or why it does not."""
+    try:
+        with _mps() as there:
+            return work() if there else "no MPS here"
+    except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as error:
+        print(f"  with MPS: {error}", flush=True)
+        return f"failed: {error}"
 
 
 def _bytes_of(model: PreTrainedModel) -> int:
@@ -733,7 +879,31 @@ def _finite(loss: float) -> bool:
     return abs(loss) < float("inf")  # false for nan, too
 
 
-PARTS = ("check", "exchange", "jobs", "many", "decode", "context", "lent")
+PARTS = ("check", "exchange", "decode", "jobs", "context", "lent", "many")
+"""Those first that are cheap and say most: a time limit may end the call."""
+
+
+def _earlier(out: Path | None, machine: dict[str, Any]) -> dict[str, Any]:
+    """What other calls wrote to ``out``. Raises ValueError if that was elsewhere."""
+    if out is None or not out.exists():
+        return {}
+    found: dict[str, Any] = json.loads(out.read_text())
+    for fact in ("device", "stand_in"):
+        if found.get(fact) != machine[fact]:
+            raise ValueError(
+                f"{out} has results with {fact} {found.get(fact)!r}, and this is "
+                f"{machine[fact]!r}: give another --out"
+            )
+    return found
+
+
+def _write(out: Path | None, result: dict[str, Any]) -> None:
+    if out is None:
+        save("gpu-stand-in" if result["stand_in"] else "gpu", result)
+        return
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.replace(out)
 
 
 def main() -> None:
@@ -755,22 +925,24 @@ def main() -> None:
     if options.borrower:
         borrow(options.borrower, bench)
         return
-    result: dict[str, Any] = {**bench.describe(), "stand_in": options.stand_in}
-    print(result, flush=True)
-    for part in options.only:
+    machine = {**bench.describe(), "stand_in": options.stand_in}
+    print(machine, flush=True)
+    try:
+        result = {**_earlier(options.out, machine), **machine}
+    except ValueError as error:
+        parser.error(str(error))
+    for part in sorted(options.only, key=PARTS.index):
         print(part, flush=True)
         started_s = time.perf_counter()
         try:
-            result[part] = getattr(bench, part)()
+            found = getattr(bench, part)()
         except Exception as error:  # noqa: BLE001 (the other parts are worth having)
             traceback.print_exc()
-            result[part] = {"error": f"{type(error).__name__}: {error}"}
-        bench.forget_peak()
-        result[part]["part_s"] = time.perf_counter() - started_s
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    else:
-        save("gpu-stand-in" if options.stand_in else "gpu", result)
+            found = {"error": f"{type(error).__name__}: {error}"}
+        with contextlib.suppress(RuntimeError):  # of CUDA, that every call after a fault raises
+            bench.give_back()
+        result[part] = {**found, "part_s": time.perf_counter() - started_s}
+        _write(options.out, result)
     if any("error" in result[part] for part in options.only):
         sys.exit(1)
 

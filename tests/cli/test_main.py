@@ -141,6 +141,8 @@ def test_errors_of_serve(
         assert "--allow-remote" in call("serve", model_folder, "--listen", url).error
     assert "CUDA" in call("serve", model_folder, *free, "--device", "cuda").error
     assert "use cpu or cuda" in call("serve", model_folder, *free, "--device", "abacus").error
+    both = ("--device", "cuda", "--lend", "--supervise")
+    assert "borrowers" in call("serve", model_folder, *free, *both).err
     assert call("serve", model_folder, *free, "--policy", "rude").code == 2
     assert call("serve", model_folder, *free, "--training-share", 1).code == 2
     broken = tmp_path / "broken"

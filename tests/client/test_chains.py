@@ -344,3 +344,17 @@ def test_a_restarted_executor_answers_chains_at_once(serve: Serve) -> None:
             assert torch.equal(decode(model, 8), expected)
         finally:
             again.close()
+
+
+@pytest.mark.parametrize(("where", "chained"), [("in process", False), ("unix", True)])
+def test_no_chains_where_they_would_make_the_host_wait_for_a_gpu(
+    serve: Serve, where: str, chained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU says that it is one."""
+    executor, url = serve(tiny.llama())
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda x: True))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: torch.Stream(device="cpu"))
+    with connect(url if chained else executor) as session:
+        decode(session.model())
+        assert bool(session.plan()) is chained
+        assert session.stats().grouped > 0

@@ -284,11 +284,34 @@ def test_who_computes_on_another_device_sends(
         assert session.stats().fetched_bytes > 0
 
 
+def test_a_device_s_memory_has_gone_with_its_executor(on_a_device: None, serve: Serve) -> None:
+    executor, url = serve(tiny.llama(), lend=True)
+    with connect(url) as session, connect(url) as idle:
+        session.model()
+        session._drop_channel()
+        session.executor_stats()  # it is there: nothing has gone
+        executor.close()
+        again = Executor(weights.Weights(tiny.llama(), "tiny", lend=True))
+        again.listen([url])
+        try:
+            for _ in range(2):
+                with pytest.raises(ModelError, match="connect again"):
+                    session.executor_stats()
+            idle.executor_stats()  # had nothing of it yet, and takes what is there now
+            model = idle.model()
+            assert logits(model, tiny.tokens()).isfinite().all()
+            assert idle.stats().exchanges == 0
+        finally:
+            again.close()
+
+
 def test_a_device_s_memory_is_not_lent_to_tenants(
     on_a_device: None, serve: Serve, tmp_path: Path
 ) -> None:
     with pytest.raises(SymbiosisError, match="not lent to tenants"):
         serve(tiny.llama(), lend=True, keys=tmp_path / "keys")
+    with pytest.raises(SymbiosisError, match="not lent to tenants"):  # before it is loaded
+        Executor.load(str(tmp_path), device="meta", lend=True, keys=tmp_path / "keys")
 
 
 @pytest.fixture

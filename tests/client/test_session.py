@@ -312,3 +312,25 @@ def test_files_that_did_not_come_are_asked_for_again() -> None:
         session.model_folder()
     assert (session.model_folder() / "config.json").exists()
     session.close()
+
+
+def test_a_gpu_s_own_kernels_are_no_part_of_the_wait(
+    base_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are waited for before; the CPU says that it is a GPU."""
+    waits: list[torch.device] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def synchronize(self) -> None:
+            waits.append(self.device)
+
+    with connect(base_url) as session:
+        model = session.model()
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        with torch.no_grad():
+            model(tiny.tokens())
+        assert len(waits) == session.stats().exchanges > 0

@@ -175,3 +175,16 @@ def test_a_copy_is_its_own(local: PreTrainedModel) -> None:
     a_copy(another)
     assert torch.equal(logits(model, names), before)
     both(another, names)
+
+
+def test_rows_are_told_to_the_device_once(
+    local: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU would make the host wait for it, layer by layer and token by token."""
+    model, names = batch_lora(adapted(local)), ["first", "second", "first"]
+    expected, made = logits(model, names), []
+    tensor = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *a, **k: made.append(a) or tensor(*a, **k))
+    assert torch.equal(logits(model, names), expected)
+    assert [0, 1, 0] not in [arguments[0] for arguments in made]
+    both(model, ["second", "first", "first"])

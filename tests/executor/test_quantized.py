@@ -371,3 +371,20 @@ def test_a_linear_layer_that_does_not_fit_stays_dense_and_is_named(
     weights = Weights(model, "tiny", quantize="nf4")
     assert "model.layers.1.mlp.up_proj.weight" not in quantised_names(weights)
     assert "model.layers.1.mlp.up_proj.weight stays dense" in caplog.text
+
+
+@pytest.mark.parametrize("lend", [False, True])
+def test_the_dense_model_is_moved_weight_by_weight(
+    scheme: Scheme, lend: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU need not have room for all of it."""
+    wide().save_pretrained(tmp_path)
+    monkeypatch.setattr(PreTrainedModel, "to", None)
+    weights = Weights.load(str(tmp_path), quantize=scheme, lend=lend)
+    assert any(weight.quantized is not None for weight in weights)
+
+
+def test_on_a_gpu_it_is_not_lent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Which is said before anything is loaded."""
+    with pytest.raises(ModelError, match="leave out --lend or --quantize"):
+        Weights.load(str(tmp_path), device="meta", quantize="int8", lend=True)

@@ -405,6 +405,8 @@ def test_options_that_do_not_fit_the_model(make: Make) -> None:
         ({"options": {"target_modules": ["nothing_like_it"]}}, "cannot be applied"),
         ({"device": "gpu"}, "'gpu' is none; use cpu or cuda"),
         ({"device": "cuda:77"}, "no usable CUDA device"),
+        ({"device": "meta"}, "'meta' is not supported; use cpu or cuda"),
+        ({"device": "mps"}, "'mps' is not supported; use cpu or cuda"),
     ],
 )
 def test_a_run_that_cannot_begin_replaces_nothing(

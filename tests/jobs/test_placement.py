@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import tiny
 from symbiosis import Executor, connect
 from symbiosis.errors import ModelError
-from symbiosis.jobs.measuring import measure
+from symbiosis.jobs.measuring import _gpu_free_bytes, measure
 from symbiosis.jobs.placement import CacheLayer, Option, Place, cache_bytes, options
 
 Serve = Callable[..., tuple[Executor, str]]
@@ -42,7 +42,7 @@ def test_a_short_context_belongs_on_the_gpu() -> None:
     )
     assert best.token_s == pytest.approx(0.012 + 400_000 / 1e10)
     assert (offloaded.device, offloaded.cache) == ("cuda:0", "host")
-    assert offloaded.token_s == pytest.approx(best.token_s)  # the copy hides behind the products
+    assert offloaded.token_s == pytest.approx(best.token_s + 400_000 / 1e9)
     assert host.token_s == pytest.approx(0.020 + 400_000 / 1e8)
 
 
@@ -53,7 +53,8 @@ def test_a_cache_that_does_not_fit_is_copied_to_the_gpu_or_read_by_the_host() ->
         ("cpu", "device", True),
         ("cuda:0", "device", False),
     ]
-    assert found[0].bound == "link" and found[0].token_s == pytest.approx(30_100_000 / 1e9)
+    gpu_s = 0.012 + 30_100_000 / 1e10
+    assert found[0].bound == "link" and found[0].token_s == pytest.approx(gpu_s + 30_100_000 / 1e9)
     assert found[1].bound == "cache" and found[1].token_s == pytest.approx(0.020 + 0.301)
     # With a slow link the attention is better off where the memory is.
     slow = Place("cuda:0", 0.010, 0.001, 0.001, 1e10, 10**7, upload_bytes_per_s=5e7)
@@ -67,6 +68,13 @@ def test_the_hosts_memory_counts_where_only_a_gpu_is_looked_at() -> None:
 
 def test_nowhere_is_said_to_fit_what_fits_nowhere() -> None:
     assert not any(o.fits for o in ways([HOST, GPU], 10_000_000))
+
+
+def test_what_torch_has_of_a_gpu_and_does_not_use_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20)
+    assert _gpu_free_bytes("cuda:0") == 40
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -41,6 +41,25 @@ def test_a_block_is_to_itself() -> None:
     assert len(block) >= 10 << 20
 
 
+@pytest.mark.parametrize("others", ["", "max_split_size_mb:128,expandable_segments:True"])
+@pytest.mark.parametrize("expandable", [True, False])
+def test_a_gpu_s_block_is_no_part_of_a_larger_one(
+    others: str, expandable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: by what torch's allocator is told."""
+    told: list[str] = []
+    settings = {"expandable_segments": expandable, "PYTORCH_CUDA_ALLOC_CONF": others}
+    snapshot = {"allocator_settings": settings}
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: snapshot)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("empty"))
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: told.append("block"))
+    device_memory.allocate(1, torch.device("cuda"))
+    but = f"{others}," if others else ""
+    before, after = ([f"{but}expandable_segments:{x}"] for x in (False, True))
+    assert told == ["empty", *(before * expandable), "block", *(after * expandable)]
+
+
 def test_another_process_sees_the_same_bytes() -> None:
     block = device_memory.allocate(1, CPU)
     shared = device_memory.share(block)

@@ -201,7 +201,14 @@ def serve(
     urls = listen or [DEFAULT_URL]
     doors = Doors(urls, server_tls(tls_cert, tls_key, tls_client_ca), allow_remote, admin)
     check(doors, keys)
-    check_device(device, "--device")
+    if not supervise or not device.startswith("cuda"):
+        check_device(device, "--device")  # to count GPUs may begin CUDA, which no fork survives
+    if supervise and lend and device.startswith("cuda"):
+        raise typer.BadParameter(
+            "on a GPU the memory that is lent goes with the executor, so that its borrowers cannot "
+            "carry on with the next one: leave out --supervise or --lend",
+            param_hint="--lend",
+        )
     if supervise and dtype is Dtype.fastest:
         raise typer.BadParameter(
             "fastest is measured when an executor starts, and one that is started again must host "
@@ -241,6 +248,7 @@ def _supervise(load: Callable[[], Executor], doors: Doors, device: str, terms: s
     import torch
 
     from symbiosis.cli.supervisor import Supervisor
+    from symbiosis.jobs.hosted import check_device
     from symbiosis.transport.addresses import Address, listen
 
     threads = torch.get_num_threads()
@@ -254,6 +262,7 @@ def _supervise(load: Callable[[], Executor], doors: Doors, device: str, terms: s
 
     def work(ready: Callable[[], None], again: bool) -> None:
         torch.set_num_threads(threads)
+        check_device(device, "--device")
         with loaded or load() as executor:
             taken = doors.open(executor, listeners)
             ready()

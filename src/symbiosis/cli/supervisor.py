@@ -79,7 +79,8 @@ class Supervisor:
                 "the executor (process %d) %s after %.1f s; starting it again",
                 pid, how, time.monotonic() - began_s,
             )  # fmt: skip
-            time.sleep(_PAUSE_S * (1 << 2 * false_starts))
+            if self._told_during(_PAUSE_S * (1 << 2 * false_starts)):
+                return 0
 
     def _fork(self) -> tuple[int, int]:
         """The child's number, and the pipe in which it says that it is ready."""
@@ -96,6 +97,13 @@ class Supervisor:
         if self._stopping:  # told while there was no child
             os.kill(pid, signal.SIGTERM)
         return pid, ready
+
+    def _told_during(self, pause_s: float) -> bool:
+        """Rest, and hear at once when told to stop: a sleep would go on after the signal."""
+        until_s = time.monotonic() + pause_s
+        while not self._stopping and (left_s := until_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, 0.1))
+        return self._stopping
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         again, self._stopping = self._stopping, True

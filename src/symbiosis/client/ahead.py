@@ -41,12 +41,14 @@ class _Siblings(NamedTuple):
 class Ahead:
     """Answers forward products of one session. Not thread-safe."""
 
-    def __init__(self, vector_id: Callable[[Tensor], int]) -> None:
-        """``vector_id`` gives the id of a shipped vector that a tensor is, or 0."""
+    def __init__(self, vector_id: Callable[[Tensor], int], *, in_process: bool = False) -> None:
+        """``vector_id`` gives the id of a shipped vector that a tensor is, or 0. ``in_process``:
+        an exchange is a call, which on a GPU does not wait for what it computes."""
         self._groups: InputGroups[Member] = InputGroups()
         self._siblings: _Siblings | None = None
         self._last_input: Tensor | None = None  # alive, so that the next is not taken for it
         self._vector_id = vector_id
+        self._in_process = in_process
         self.verify: Callable[[Ask, Tensor, Tensor], None] | None = None
         """Called with a chain, its input and its outputs, before they are used."""
         self._chains: dict[int, Chains] = {}  # by the rows of a pass: they are learned apart
@@ -55,8 +57,9 @@ class Ahead:
 
     def product(self, member: Member, x: Tensor, recording: bool, send: Send) -> Tensor:
         """A LINEAR, MATMUL or EMBEDDING of ``x``, contiguous, with a whole weight. ``recording``:
-        gradients are recorded, so that this is training, where nothing is chained."""
-        if x.nbytes > MAX_INPUT_BYTES or recording:
+        gradients are recorded, so that this is training, where nothing is chained; nor is it where
+        comparing a chain's inputs would make the host wait for a GPU, and an exchange would not."""
+        if x.nbytes > MAX_INPUT_BYTES or recording or (self._in_process and x.is_cuda):
             return self.together(member, plain(x), recording, send)
         chains = self._chains_for(x.numel() // (1 if member[0] is Op.EMBEDDING else x.shape[-1]))
         result = chains.answer(member, plain(x))

@@ -53,6 +53,9 @@ class _BatchedLinear(Linear):  # type: ignore[misc]
     """peft's LoRA on a linear layer."""
 
     _kept: _Stack | None = None
+    _rows: tuple[tuple[str, ...], Tensor] | None = (
+        None  # the last batch's names, and which those are
+    )
 
     def _mixed_batch_forward(
         self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
@@ -72,13 +75,23 @@ class _BatchedLinear(Linear):  # type: ignore[misc]
             return result
         a, b = stack.a, stack.b
         if len(adapters) < len(adapter_names):
-            rows = torch.tensor([adapters.index(name) for name in adapter_names], device=a.device)
+            rows = self._rows_of(tuple(adapter_names), adapters, a.device)
             a, b = a[rows], b[rows]
         inner = torch.bmm(x.reshape(len(x), -1, x.shape[-1]).to(a.dtype), a)
         if result.dtype is b.dtype:
             flat = result.reshape(len(x), -1, result.shape[-1])
             return torch.baddbmm(flat, inner, b).view(result.shape)
         return result + torch.bmm(inner, b).view(result.shape).to(result.dtype)
+
+    def _rows_of(
+        self, adapter_names: tuple[str, ...], adapters: tuple[str, ...], device: torch.device
+    ) -> Tensor:
+        """The number in the stack of each row's adapter. Kept: a GPU would wait for each copy."""
+        kept = self._rows
+        if kept is None or kept[0] != adapter_names or kept[1].device != device:
+            numbers = [adapters.index(name) for name in adapter_names]
+            kept = self._rows = adapter_names, torch.tensor(numbers, device=device)
+        return kept[1]
 
     def _can_stack(self, adapters: Sequence[str]) -> bool:
         if torch.is_grad_enabled():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from symbiosis.client.welcome import Identity, WeightInfo
+from symbiosis.errors import ModelError
 from symbiosis.transport.lent import Lent
 from symbiosis.waiting import sleep_at_once
 
@@ -42,10 +43,21 @@ class Borrowed:
         """How many are at work there, by what the executor last announced."""
         return self._announced.clients
 
-    def follow(self, lent: Lent) -> None:
-        """Another executor lends the same weights now: it says who is at work. What lies in the
-        first one's memory is computed with as before."""
-        self._announced = lent
+    def follow(self, lent: Lent | None) -> None:
+        """A new connection came with ``lent``, the same weights; it says who is at work. What lies
+        in the host's memory is computed with as before, whoever lends now. A device's memory has
+        gone with its executor: raises ModelError if it was computed with."""
+        if self._lent.is_in_host_memory or (lent is not None and lent.is_same_memory(self._lent)):
+            self._announced = lent or self._announced
+        elif self._tensors:
+            raise ModelError(
+                "the executor that had lent its weights on a GPU has ended, and they with it: "
+                "connect again and build the model anew"
+            )
+        elif lent is not None:
+            self._lent = self._announced = lent
+        else:
+            self._is_out_of_reach = True
 
     def weight(self, number: int, device: torch.device) -> Tensor | None:
         """A weight where it lies in the memory of ``device``, in the executor's dtype, not to be

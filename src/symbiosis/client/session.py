@@ -112,7 +112,9 @@ class Session:
         self._closing = threading.Event()
         self._counters = Counters()
         self._cores: Cores | None = None
-        self._ahead = Ahead(functools.partial(_vector_id, weakref.ref(self)))
+        self._ahead = Ahead(
+            functools.partial(_vector_id, weakref.ref(self)), in_process=url == "inproc"
+        )
         self._fetched: dict[int, Tensor] = {}
         self._folder: Path | None = None
         self._remove_folder: weakref.finalize[[Path, int], Session] | None = None
@@ -158,7 +160,8 @@ class Session:
         """
         from symbiosis.client.load import build_model  # the model builder needs the session
 
-        return build_model(self, auto_class, torch.device(device or "cpu"), dtype)
+        where = torch.empty(0, device=device or "cpu").device  # with its number
+        return build_model(self, auto_class, where, dtype)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the executor ships with the model."""
@@ -372,6 +375,8 @@ class Session:
         exchange = Exchange(
             op, weights, biases, recipe, params, specs, tensors, self._priority_of(recording)
         )
+        if tensors[0].is_cuda and self.url != "inproc":  # its own kernels are no part of the wait
+            torch.cuda.current_stream(tensors[0].device).synchronize()
         started_s = time.perf_counter()
         try:
             result = self._open().exchange(exchange)
@@ -434,12 +439,12 @@ class Session:
                 self._identity = recognise(
                     channel, self.url, self._trust.expect_digest, self._identity, self.welcome
                 )
+                if self.borrowed is not None:
+                    self.borrowed.follow(channel.lent)
             except BaseException:
                 channel.close()
                 raise
             self._channel, self._channel_pid = channel, os.getpid()
-            if self.borrowed is not None and channel.lent is not None:
-                self.borrowed.follow(channel.lent)
         return self._channel
 
     def _reopen(self) -> Channel:

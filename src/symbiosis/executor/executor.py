@@ -37,6 +37,7 @@ from symbiosis.executor.quantized import Scheme
 from symbiosis.executor.ring import describe, not_offered, offer, only_ring
 from symbiosis.executor.scheduler import Policy, Scheduler, Terms
 from symbiosis.executor.server import Server
+from symbiosis.executor.streams import on_default
 from symbiosis.executor.weights import Weights
 from symbiosis.privacy.modes import Bits
 from symbiosis.transport.addresses import Address
@@ -77,10 +78,7 @@ class Executor:
         where tenants could change the weights of all."""
         self.weights = weights
         if keys is not None and weights.lender is not None and not weights.lender.is_sealed:
-            raise SymbiosisError(
-                "memory of a GPU can be written to by whoever borrows it, so it is not lent to "
-                "tenants: leave out --lend, or --keys where all clients are your own"
-            )
+            raise _not_lent_to_tenants()
         offer(weights, tuple(masked))
         self._masked_clients: set[int] = set()
         self._bounds = bounds
@@ -126,6 +124,8 @@ class Executor:
         themselves: read-only on the CPU; on a GPU, for clients on the same one, that they could
         write to. Those that may not fetch weights are lent none.
         """
+        if lend and keys is not None and torch.device(device).type != "cpu":
+            raise _not_lent_to_tenants()  # before minutes are spent on loading
         weights = Weights.load(model, dtype=dtype, device=device, quantize=quantize, lend=lend)
         return cls(
             weights,
@@ -281,12 +281,16 @@ class Executor:
         except SymbiosisError as error:
             self._engine.refused(client)
             return error
-        self._engine.submit(client, exchange, plan, answer.append)
-        with torch.no_grad():
-            while not answer:
-                if not self._engine.run_once() and not answer:
-                    time.sleep(min(self._engine.wait_s() or 0.0, 0.001))
-        return answer[0]
+
+        def computed() -> Result | SymbiosisError:
+            self._engine.submit(client, exchange, plan, answer.append)
+            with torch.no_grad():
+                while not answer:
+                    if not self._engine.run_once() and not answer:
+                        time.sleep(min(self._engine.wait_s() or 0.0, 0.001))
+            return answer[0]
+
+        return on_default(self.weights.device, computed, _tensors)
 
     def answer(self, client: int, question: Json) -> tuple[Json, torch.Tensor]:
         """The answer to a REQUEST. Raises RequestRefused, FetchRefused, UnknownWeight,
@@ -420,6 +424,17 @@ class Executor:
             "masked": list(weights.ring),
             "instance": self._instance,
         }
+
+
+def _not_lent_to_tenants() -> SymbiosisError:
+    return SymbiosisError(
+        "memory of a GPU can be written to by whoever borrows it, so it is not lent to tenants: "
+        "leave out --lend, or --keys where all clients are your own"
+    )
+
+
+def _tensors(answer: Result | SymbiosisError) -> tuple[torch.Tensor, ...]:
+    return answer.tensors if isinstance(answer, Result) else ()
 
 
 def _printable(text: object, most: int) -> str:

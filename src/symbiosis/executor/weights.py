@@ -128,10 +128,8 @@ class Weights:
         self.device = device or next(model.parameters()).device
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._unpacking = torch.empty(0)
-        if lend and quantize is not None and self.device.type != "cpu":
-            raise ModelError(
-                "on a GPU a quantised base is not lent: leave out --lend or --quantize"
-            )
+        if lend:
+            _check_lending(quantize, self.device)
         self.lender = _lender(model, self.device) if lend else None
         self._take(model)
         if self.lender is not None:
@@ -163,11 +161,13 @@ class Weights:
         if quantize is not None:
             quantized.check(quantize)
         where = torch.empty(0, device=device).device  # with its number
+        if lend:
+            _check_lending(quantize, where)
         loaded, folder = read_model(model, None if dtype == "fastest" else dtype)
         if dtype == "fastest" and (chosen := fastest_dtype(loaded, where)) != loaded.dtype:
             del loaded
             loaded, folder = read_model(model, chosen)
-        if not lend:  # which moves one weight at a time into memory of its own
+        if not lend and quantize is None:  # which move one weight at a time
             loaded = loaded.to(where)
         weights = cls(loaded.eval(), model, folder, quantize, lend, where)
         if quantize is not None or lend:
@@ -331,12 +331,18 @@ def _is_hosted(module: nn.Module, parameter: torch.Tensor) -> bool:
     return isinstance(module, _PRODUCT_MODULES) or experts or parameter.numel() >= LARGE
 
 
+def _check_lending(quantize: Scheme | None, device: torch.device) -> None:
+    """Raises ModelError."""
+    if quantize is not None and device.type != "cpu":
+        raise ModelError("on a GPU a quantised base is not lent: leave out --lend or --quantize")
+
+
 def _lender(model: PreTrainedModel, device: torch.device) -> Lender:
     """Memory for all that may be hosted. Raises ModelError."""
     most_bytes = sum(p.nbytes + device_memory.ALIGNMENT for p in model.parameters())
     try:
         return Lender(most_bytes, _block(most_bytes, device))
-    except (OSError, AttributeError, torch.OutOfMemoryError) as error:
+    except (OSError, AttributeError, RuntimeError) as error:  # the last: of a device
         raise ModelError(f"this system has no memory to lend weights in: {error}") from None
 
 

@@ -89,7 +89,7 @@ def run(
     Interrupted (also by an exception from ``on_event``), it can be resumed from its last
     checkpoint.
     """
-    check_device(spec.device)
+    check_device(spec.device, trains=True)
     method = methods.resolve(spec.method, spec.options)
     train, held_out = _read(spec)
     folder = RunFolder(spec.out)

@@ -43,16 +43,24 @@ def connected(
     )
 
 
-def check_device(device: str, what: str = "device") -> None:
-    """Raises SymbiosisError that says ``what`` is wrong if torch cannot use ``device`` here."""
+def check_device(device: str, what: str = "device", *, trains: bool = False) -> None:
+    """Raises SymbiosisError that says ``what`` is wrong if ``device`` cannot be used here, or,
+    where a job ``trains``, not by transformers' Trainer."""
     import torch
 
     try:
         found = torch.device(device)
     except RuntimeError:
         raise SymbiosisError(f"{what} {device!r} is none; use cpu or cuda") from None
+    if found.type not in ("cpu", "cuda"):
+        raise SymbiosisError(f"{what} {device!r} is not supported; use cpu or cuda")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise SymbiosisError(f"{what} {device}: this torch finds no usable CUDA device")
+    if trains and found.type == "cuda" and found.index:
+        raise SymbiosisError(
+            f"{what} {device}: training runs on the first CUDA device that its process sees; set "
+            f"CUDA_VISIBLE_DEVICES={found.index} and use cuda"
+        )
 
 
 def check_hosts(base: Session, expected: str | None) -> None:

@@ -68,7 +68,7 @@ def measure(
         wire_s=short.wire_s,
         client_s=short.client_s,
         cache_bytes_per_s=rate,
-        free_bytes=host_free_bytes() if device == "cpu" else torch.cuda.mem_get_info(device)[0],
+        free_bytes=host_free_bytes() if device == "cpu" else _gpu_free_bytes(device),
         upload_bytes_per_s=None if device == "cpu" else _upload_bytes_per_s(device),
     )
     return layers, place
@@ -77,6 +77,12 @@ def measure(
 def host_free_bytes() -> int:
     """What the host would give to a cache."""
     return int(psutil.virtual_memory().available)
+
+
+def _gpu_free_bytes(device: str) -> int:
+    """What the GPU would give, and what torch has of it and does not use."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 class _Token(NamedTuple):

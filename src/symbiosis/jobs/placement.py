@@ -65,10 +65,9 @@ class Option:
 
     @property
     def token_s(self) -> float:
-        """An offloaded cache is copied layer by layer while the layer before computes: the slower
-        of the two counts."""
-        copied_s = self.parts_s.get("link", 0.0)
-        return max(sum(self.parts_s.values()) - copied_s, copied_s)
+        """transformers' offloaded cache brings the next layer in beside the computation, and copies
+        each layer back, whole, in line with it: the link adds once."""
+        return sum(self.parts_s.values())
 
     @property
     def bound(self) -> Bound:

@@ -294,9 +294,6 @@ def _arguments(
     spec: FinetuneSpec, learning_rate: float, checkpoints: Path, *, evaluates: bool
 ) -> TrainingArguments:
     periodic = evaluates and spec.eval_steps is not None
-    device = torch.device(spec.device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # the one that Trainer takes
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=spec.batch_size,
@@ -311,7 +308,7 @@ def _arguments(
         max_grad_norm=spec.max_grad_norm,
         seed=spec.seed,
         data_seed=spec.seed,
-        use_cpu=device.type == "cpu",
+        use_cpu=torch.device(spec.device).type == "cpu",
         logging_steps=spec.log_steps,
         logging_nan_inf_filter=False,
         save_strategy="steps" if spec.save_steps else "no",

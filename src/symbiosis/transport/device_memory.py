@@ -8,7 +8,9 @@ CPU a block is a file in shared memory, so that all of this runs without a GPU.)
 from __future__ import annotations
 
 import base64
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ ALIGNMENT = 512
 
 _GRANULARITY, _LEAST_BYTES = 2 << 20, 10 << 20
 """torch's CUDA allocator takes a piece of memory for each request of 10 MiB or more, rounded to
-2 MiB; smaller ones share theirs. An IPC handle opens the whole piece: it holds nothing else."""
+2 MiB, if it has none that is free and large enough; smaller ones share theirs. An IPC handle opens
+the whole piece: it holds nothing else."""
 
 _COUNTERS = 10_000
 """In torch's file of counters, 8 bytes each."""
@@ -34,8 +37,31 @@ may be named."""
 def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
     """A block of at least ``num_bytes``, uint8 (n,), not cleared, to itself in memory. Raises
     torch.OutOfMemoryError."""
-    rounded = -(-num_bytes // _GRANULARITY) * _GRANULARITY
-    return torch.empty(max(_LEAST_BYTES, rounded), dtype=torch.uint8, device=device)
+    size = max(_LEAST_BYTES, -(-num_bytes // _GRANULARITY) * _GRANULARITY)
+    with _a_piece_for_itself() if device.type == "cuda" else contextlib.nullcontext():
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+@contextlib.contextmanager
+def _a_piece_for_itself() -> Iterator[None]:
+    """What torch allocates meanwhile is no part of a larger piece that it keeps, nor of an
+    expandable segment (``PYTORCH_ALLOC_CONF``), whose pieces have no IPC handle as a whole."""
+    torch.cuda.empty_cache()
+    settings = torch.cuda.memory._snapshot()["allocator_settings"]
+    if not settings["expandable_segments"]:
+        yield
+        return
+    set_all = torch._C._accelerator_setAllocatorSettings
+    others = settings["PYTORCH_CUDA_ALLOC_CONF"]  # a later word of the same setting counts
+    set_all(_with(others, "expandable_segments:False"))
+    try:
+        yield
+    finally:
+        set_all(_with(others, "expandable_segments:True"))
+
+
+def _with(settings: str, setting: str) -> str:
+    return f"{settings},{setting}" if settings else setting
 
 
 def share(block: torch.Tensor) -> Json:

@@ -124,6 +124,10 @@ class Lent:
     def is_in_host_memory(self) -> bool:
         return self._shared is None
 
+    def is_same_memory(self, other: Lent) -> bool:
+        """Memory of a device that the same executor lent twice?"""
+        return self._shared is not None and self._shared == other._shared
+
     def is_on(self, device: torch.device) -> bool:
         """Do the weights lie where a client on that device can compute with them?"""
         if self._shared is None:
