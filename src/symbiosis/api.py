@@ -83,7 +83,7 @@ def connect(
     from ``tls.ca`` too. Beyond the host a helper must be at tls://, for it is told the masks' keys.
 
     A client on the executor's host shares its cores: from now on this process's OpenMP threads
-    sleep while they wait, or stay awake where weights are lent and nobody else is at work; see
+    sleep while they wait, or stay awake where nobody else is at work and it trains, or borrows; see
     `symbiosis.waiting`.
 
     Raises ConnectionFailed, AuthenticationFailed, QuotaExceeded, ProtocolError, ModelError,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import symbiosis.client.cores
 import tiny
-from conftest import Serve
 from symbiosis import connect
 from symbiosis.client.cores import Cores
 from symbiosis.client.counters import Counters
+
+if TYPE_CHECKING:
+    from conftest import Serve
 
 
 @dataclasses.dataclass

@@ -99,7 +99,7 @@ KEY = {"id": "1", "tenant": "ann", "sha256": "0" * 64, "created": "2026-01-01T00
             {"tenants": {"ann": {"executor_s_per_hour": 10**400}}},
             "is a number of many digits; write",
         ),
-        ({"tenants": {"ann": {"rows_per_s": 1e-320}}}, "is 1e-320; write 1e-06 to 1e\\+18"),
+        ({"tenants": {"ann": {"rows_per_s": 1e-320}}}, "is 1e-320; write 1e-12 to 1e\\+18"),
         ({"tenants": {"ann": {"rows_per_s": "10"}}}, "ann: rows_per_s is '10'"),
         ('{"tenants": {"ann": {"rows_per_s": NaN}}}', "rows_per_s is nan"),
         ('{"tenants": {"ann": {"share": Infinity}}}', "share is inf"),

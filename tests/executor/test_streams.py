@@ -59,9 +59,12 @@ def test_nothing_to_order(told: list[str], monkeypatch: pytest.MonkeyPatch) -> N
     assert told == []
 
 
-def test_an_exchange_within_the_process_is_ordered(told: list[str]) -> None:
+def test_an_exchange_within_the_process_is_ordered(
+    told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Executor.of(tiny.llama()) as executor, connect(executor) as session:
         model = session.model()
+        monkeypatch.setattr(executor.weights, "wait", lambda: None)
         executor.weights.device = CUDA
         with torch.no_grad():
             model(tiny.tokens())

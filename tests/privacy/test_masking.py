@@ -336,7 +336,7 @@ def compute(site, mask):
 
 pool = MaskPool(compute, 1 << 40)
 pool.take(Site(Op.RING_LINEAR, (1,), 4, 2048, 2048, 8)).products()
-pool.take(Site(Op.RING_LINEAR, (1,), 100_000, 2048, 2048, 8))
+pool.take(Site(Op.RING_LINEAR, (1,), 30_000, 2048, 2048, 8))
 for _ in range(3):  # the third is the large one
     second.acquire()
 print("done", flush=True)

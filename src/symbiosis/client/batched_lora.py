@@ -53,9 +53,7 @@ class _BatchedLinear(Linear):  # type: ignore[misc]
     """peft's LoRA on a linear layer."""
 
     _kept: _Stack | None = None
-    _rows: tuple[tuple[str, ...], Tensor] | None = (
-        None  # the last batch's names, and which those are
-    )
+    _rows: tuple[tuple[str, ...], Tensor] | None = None  # the last batch's names, and their numbers
 
     def _mixed_batch_forward(
         self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any

@@ -40,7 +40,7 @@ REQUESTS = ("stats", "files", "parameters", "digest", "ring")
 _PREFIX = "symbiosis-"
 _TENANT_FIELDS = (*Quota._fields, "share", "fetch", "requests")
 _KEY_FIELDS = ("id", "tenant", "sha256", "created", "expires")
-_LEAST, _MOST = 1e-6, 1e18
+_LEAST, _MOST = 1e-12, 1e18
 
 
 @dataclasses.dataclass(frozen=True)

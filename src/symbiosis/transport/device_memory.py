@@ -48,11 +48,11 @@ def _a_piece_for_itself() -> Iterator[None]:
     expandable segment (``PYTORCH_ALLOC_CONF``), whose pieces have no IPC handle as a whole."""
     torch.cuda.empty_cache()
     settings = torch.cuda.memory._snapshot()["allocator_settings"]
-    if not settings["expandable_segments"]:
+    if not settings.get("expandable_segments"):
         yield
         return
     set_all = torch._C._accelerator_setAllocatorSettings
-    others = settings["PYTORCH_CUDA_ALLOC_CONF"]  # a later word of the same setting counts
+    others = settings.get("PYTORCH_CUDA_ALLOC_CONF", "")  # a later word of the same setting counts
     set_all(_with(others, "expandable_segments:False"))
     try:
         yield
