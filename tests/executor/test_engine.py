@@ -283,6 +283,24 @@ def test_who_is_at_work_is_announced() -> None:
     assert seen() == 0
 
 
+def test_clients_are_told_whether_others_are_at_work(engine: Engine, weights: Weights) -> None:
+    first, second = client_of(engine), client_of(engine)
+
+    def told(client: int) -> bool:
+        (answer,) = submit_and_run(engine, client, linear(weights, torch.randn(1, 32)))
+        assert isinstance(answer, Result)
+        return answer.shared
+
+    assert not told(first)
+    engine.look_at_company()
+    assert not told(first)
+    assert not told(second), "not looked at yet"
+    engine.look_at_company()
+    assert told(first)
+    engine.look_at_company()
+    assert not told(first)
+
+
 def test_who_borrows_is_at_work_while_its_process_uses_the_processor() -> None:
     engine = Engine(Weights(tiny.llama(), "tiny", lend=True), Scheduler("greedy"))
     assert engine.weights.lender is not None

@@ -131,7 +131,8 @@ def test_a_result_survives_the_wire(
 ) -> None:
     shapes = data.draw(st.lists(st.lists(st.integers(0, 3), max_size=3), max_size=3))
     tensors = tuple(torch.zeros(shape) for shape in shapes)
-    result = Result(tensors, queue_us, compute_us, batch_size)
+    shared = data.draw(st.booleans())
+    result = Result(tensors, queue_us, compute_us, batch_size, shared)
     meta = pack_result(result, tuple(map(spec_of, tensors)))
     found, found_specs = unpack_result(meta)
     assert found_specs == tuple(spec_of(tensor) for tensor in tensors)
@@ -140,6 +141,7 @@ def test_a_result_survives_the_wire(
         min(queue_us, 0xFFFFFFFF),
         min(compute_us, 0xFFFFFFFF),
         min(batch_size, 0xFFFF),
+        shared,
     )
 
 

@@ -385,7 +385,7 @@ class Session:
         now_s = time.perf_counter()
         self._counters.answered(exchange, result, now_s - started_s, forward)
         if self._cores is not None:
-            self._cores.look(self._counters, now_s)
+            self._cores.look(self._counters, now_s, result.shared)
         if len(result.tensors) != (1 if op is Op.CHAIN else len(weights)):
             raise ProtocolError(f"{len(result.tensors)} results for {len(weights)} weights")
         if self._verifier is not None and op is not Op.CHAIN:

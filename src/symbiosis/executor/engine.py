@@ -65,6 +65,7 @@ class Engine:
         self._tenants: dict[str | None, Account] = {}  # the same, and of clients that have left
         self._company = walks.Company()
         self._counted: dict[int, int] = {}  # exchanges by client, at the last look
+        self._shared = False  # was more than one at work then?
         self._processes = Processes()  # of clients that were lent weights
         self._request_ids = itertools.count(1)
         self._client_ids = itertools.count(1)
@@ -176,8 +177,9 @@ class Engine:
 
     def look_at_company(self) -> None:
         """To be called about once a second. With one client at work the device's threads stay
-        awake for its next exchange; with more, they leave the cores to them. Clients that were
-        lent weights are told. Of them, each process that uses the processor is at work."""
+        awake for its next exchange; with more, they leave the cores to them. Clients are told
+        with their results, or by the memory that is lent. Of those that were lent weights, each
+        process that uses the processor is at work."""
         with self._queue_lock:
             counts = {id: each.exchanges for id, each in self.stats.clients.items()}
             lent = {id: each.pid for id, each in self.stats.clients.items() if each.lent}
@@ -187,7 +189,8 @@ class Engine:
         working_pids = busy.union(pid for id, pid in lent.items() if pid and id in working)
         unknown = list(lent.values()).count(None)
         at_work = len(working - lent.keys()) + len(working_pids) + unknown
-        sleep_at_once(at_work > 1)
+        self._shared = at_work > 1
+        sleep_at_once(self._shared)
         if self.weights.lender is not None:
             self.weights.lender.announce(at_work)
 
@@ -238,10 +241,11 @@ class Engine:
                 self._answer(request, found)
             elif walk is not None:
                 size = round(walk.mean_batch)
-                self._answer(request, _result(found, walk.arrived_s, now_s, walk.elapsed_s, size))
+                times = walk.arrived_s, now_s, walk.elapsed_s
+                self._answer(request, _result(found, *times, size, self._shared))
             else:
-                answer = _result(found, request.arrived_s, now_s, spent_s, len(pendings))
-                self._answer(request, answer)
+                times = request.arrived_s, now_s, spent_s
+                self._answer(request, _result(found, *times, len(pendings), self._shared))
         self._account(chosen, pendings, [request.id for request, _ in walking], started_s, now_s)
         if walking:
             self._walk_on(walking, now_s)
@@ -423,11 +427,12 @@ def _result(
     now_s: float,
     compute_s: float,
     batch_size: int,
+    shared: bool,
 ) -> Result:
     """An answer to what came at ``arrived_s``: it waited whenever it was not computed."""
     compute_us = int(compute_s * 1e6)
     queue_us = max(0, int((now_s - arrived_s) * 1e6) - compute_us)
-    return Result(tensors, queue_us, compute_us, batch_size)
+    return Result(tensors, queue_us, compute_us, batch_size, shared)
 
 
 def _left() -> ConnectionLost:

@@ -81,10 +81,11 @@ class Result(NamedTuple):
     queue_us: int  # from arrival to the start of its batch
     compute_us: int  # of the whole batch
     batch_size: int  # exchanges in that batch
+    shared: bool = False  # other clients were at work, too, when the executor last looked
 
 
 _FIXED = struct.Struct("<BBBBH")
-_RESULT = struct.Struct("<IIH")
+_RESULT = struct.Struct("<IIHB")
 
 
 def pack_exchange(exchange: Exchange) -> bytes:
@@ -146,6 +147,7 @@ def pack_result(result: Result, specs: tuple[TensorSpec, ...]) -> bytes:
         min(result.queue_us, 0xFFFFFFFF),
         min(result.compute_us, 0xFFFFFFFF),
         min(result.batch_size, 0xFFFF),
+        result.shared,
     )
     return timing + pack_specs(specs)
 
@@ -153,10 +155,10 @@ def pack_result(result: Result, specs: tuple[TensorSpec, ...]) -> bytes:
 def unpack_result(meta: bytes) -> tuple[Result, tuple[TensorSpec, ...]]:
     """Inverse of `pack_result`: the result without its tensors, and their specs."""
     try:
-        queue_us, compute_us, batch_size = _RESULT.unpack_from(meta)
+        queue_us, compute_us, batch_size, shared = _RESULT.unpack_from(meta)
     except struct.error:
         raise ProtocolError("a result is cut short") from None
     specs, at = unpack_specs(meta, _RESULT.size)
     if at != len(meta):
         raise ProtocolError("a result has a malformed meta section")
-    return Result((), queue_us, compute_us, batch_size), specs
+    return Result((), queue_us, compute_us, batch_size, bool(shared)), specs
