@@ -142,8 +142,8 @@ def everything_seen(base: Executor, url: str, planter: Planter) -> bytes:
 
 def check_gaps(meta: bytes, payload: bytes) -> None:
     """Between two results, up to the next multiple of 64, there are zeros."""
-    at, end = 11, 0
-    for _ in range(meta[10]):
+    at, end = 12, 0
+    for _ in range(meta[11]):
         ndim = meta[at + 1]
         shape = struct.unpack_from(f"<{ndim}I", meta, at + 2)
         at += 2 + 4 * ndim
