@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-import symbiosis.client.cores
 import tiny
 from symbiosis import connect
+from symbiosis.client import cores
 from symbiosis.client.cores import Cores
 from symbiosis.client.counters import Counters
 
@@ -17,9 +17,16 @@ if TYPE_CHECKING:
     from conftest import Serve
 
 
-def test_they_sleep_unless_a_client_trains_alone() -> None:
-    said: list[bool] = []
-    counters, cores = Counters(), Cores(said.append)
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What threads are told."""
+    found: list[bool] = []
+    monkeypatch.setattr(cores, "sleep_at_once", found.append)
+    return found
+
+
+def test_they_sleep_unless_a_client_trains_alone(said: list[bool]) -> None:
+    counters, each_look = Counters(), Cores()
     assert said == [True]
 
     def looked(now_s: float, *, each: int, shared: bool = False, count: int = 100) -> list[bool]:
@@ -27,7 +34,7 @@ def test_they_sleep_unless_a_client_trains_alone() -> None:
         said.clear()
         counters.exchanges += count
         counters.bytes_sent += count * each
-        cores.look(counters, now_s, shared)
+        each_look.look(counters, now_s, shared)
         return list(said)
 
     assert looked(10.0, each=1_000_000) == [False]
@@ -40,12 +47,12 @@ def test_they_sleep_unless_a_client_trains_alone() -> None:
 
 
 @pytest.mark.parametrize("lend", [False, True])
-def test_a_session_looks(serve: Serve, monkeypatch: pytest.MonkeyPatch, lend: bool) -> None:
+def test_a_session_looks(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, said: list[bool], lend: bool
+) -> None:
     """Beside an executor that computes; what is lent has its own rule."""
-    said: list[bool] = []
-    monkeypatch.setattr(symbiosis.client.cores, "_LOOK_EVERY_S", 0.0)
-    monkeypatch.setattr(symbiosis.client.cores, "_LARGE_BYTES", 1024)
-    monkeypatch.setattr(Cores.__init__, "__defaults__", (said.append,))
+    monkeypatch.setattr(cores, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(cores, "MAX_INPUT_BYTES", 1024)
     _, url = serve(tiny.llama(), lend=lend)
     with connect(url) as session:
         model = session.model()

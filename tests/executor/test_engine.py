@@ -234,6 +234,7 @@ def test_times_are_those_of_computing(
     def gpu_is_done() -> None:
         clock.now_s += 2
 
+    monkeypatch.setattr(weights, "device", torch.device("cuda", 0))
     monkeypatch.setattr(weights, "wait", gpu_is_done)
     (answer,) = submit_and_run(engine, client, linear(weights, torch.randn(2, 32)))
     assert isinstance(answer, Result)

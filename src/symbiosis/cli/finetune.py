@@ -127,9 +127,9 @@ def finetune(
     on with --resume and gives the very adapter that it would have given.
     """
     values = dict(locals())
-    for key in ("peft", "option", "config", "threads", "key_file", "tls_ca", "tls_cert", "tls_key"):
+    access_files = "key_file", "privacy_helper_key_file", "tls_ca", "tls_cert", "tls_key"
+    for key in ("peft", "option", "config", "threads", *access_files):
         del values[key]
-    del values["privacy_helper_key_file"]
     allowed = access(key_file, tls_ca, tls_cert, tls_key, privacy_helper_key_file)
     _run(values, peft, option or [], config, threads, allowed)
 

@@ -10,40 +10,29 @@ no exchanges. Clients that were lent weights are `Borrowed`'s business.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
+from symbiosis.client.chains import MAX_INPUT_BYTES
 from symbiosis.client.counters import Counters
 from symbiosis.waiting import sleep_at_once
 
 _LOOK_EVERY_S = 1.0
 _LEAST_EXCHANGES = 8
 """Fewer say nothing."""
-_LARGE_BYTES = 64 << 10
-"""Of an input, on average: no decoder sends so much."""
-
-
-class _Seen(NamedTuple):
-    exchanges: int
-    bytes_sent: int
 
 
 class Cores:
-    """Of one session, whose lock guards it."""
+    """Of one session, whose lock guards it. From the start on threads sleep while they wait."""
 
-    def __init__(self, sleep: Callable[[bool], None] = sleep_at_once) -> None:
-        """Threads sleep from now on; ``sleep`` says so to those of the process."""
-        self._sleep = sleep
+    def __init__(self) -> None:
         self._look_at_s = 0.0
-        self._seen = _Seen(0, 0)
-        sleep(True)
+        self._exchanges = self._bytes_sent = 0  # at the last look
+        sleep_at_once(True)
 
     def look(self, counters: Counters, now_s: float, shared: bool) -> None:
         """An exchange has been answered at ``now_s``, and counted; ``shared``: see `Result`."""
-        if now_s < self._look_at_s or counters.exchanges - self._seen.exchanges < _LEAST_EXCHANGES:
+        count = counters.exchanges - self._exchanges
+        if now_s < self._look_at_s or count < _LEAST_EXCHANGES:
             return
+        decodes = counters.bytes_sent - self._bytes_sent <= MAX_INPUT_BYTES * count
         self._look_at_s = now_s + _LOOK_EVERY_S
-        before, self._seen = self._seen, _Seen(counters.exchanges, counters.bytes_sent)
-        sent = self._seen.bytes_sent - before.bytes_sent
-        large = sent >= _LARGE_BYTES * (self._seen.exchanges - before.exchanges)
-        self._sleep(shared or not large)
+        self._exchanges, self._bytes_sent = counters.exchanges, counters.bytes_sent
+        sleep_at_once(shared or decodes)

@@ -218,7 +218,8 @@ def _wrong_products(
     b_TO = b.double().expand_as(y_TO)
     most = min(torch.finfo(dtype).max for dtype in (x.dtype, hosted))
     possible = _could_be_finite(most, x_TI, y_TO, anchor)
-    x_TI, y_TO, b_TO = _squarable(x_TI, y_TO, b_TO)
+    if x.dtype is torch.float64:
+        x_TI, y_TO, b_TO = _squarable(x_TI, y_TO, b_TO)
     right = x_TI @ wr + b_TO @ r
     allowed = _allowed(x.dtype, x_TI, y_TO, b_TO, anchor, hosted)
     error = (y_TO @ r - right).abs()

@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -241,14 +241,27 @@ class Engine:
                 self._answer(request, found)
             elif walk is not None:
                 size = round(walk.mean_batch)
-                times = walk.arrived_s, now_s, walk.elapsed_s
-                self._answer(request, _result(found, *times, size, self._shared))
+                answer = self._result(found, walk.arrived_s, now_s, walk.elapsed_s, size)
+                self._answer(request, answer)
             else:
-                times = request.arrived_s, now_s, spent_s
-                self._answer(request, _result(found, *times, len(pendings), self._shared))
+                answer = self._result(found, request.arrived_s, now_s, spent_s, len(pendings))
+                self._answer(request, answer)
         self._account(chosen, pendings, [request.id for request, _ in walking], started_s, now_s)
         if walking:
             self._walk_on(walking, now_s)
+
+    def _result(
+        self,
+        tensors: tuple[torch.Tensor, ...],
+        arrived_s: float,
+        now_s: float,
+        compute_s: float,
+        batch_size: int,
+    ) -> Result:
+        """An answer to what came at ``arrived_s``: it waited whenever it was not computed."""
+        compute_us = int(compute_s * 1e6)
+        queue_us = max(0, int((now_s - arrived_s) * 1e6) - compute_us)
+        return Result(tensors, queue_us, compute_us, batch_size, self._shared)
 
     def _answer(self, request: Request, outcome: Result | SymbiosisError) -> None:
         self._unanswered.pop(request.id).reply(outcome)
@@ -301,7 +314,7 @@ class Engine:
         try:
             found: list[tuple[torch.Tensor, ...] | SymbiosisError | None] = []
             found.extend(walks.compute(members, self.weights))
-            if any(map(_goes_out, members)) and any(each is not None for each in found):
+            if self.weights.device.type == "cuda" and _goes_out(members, found):
                 self.weights.wait()
             return found
         except SymbiosisError as error:
@@ -407,11 +420,14 @@ class Engine:
             self.stats.batch_ran(size, answered, chosen.rows, now_s, elapsed_s)
 
 
-def _goes_out(member: Exchange | walks.Walk) -> bool:
-    """Does its result go to host memory? So for whoever is not in this process and on a GPU. It is
+def _goes_out(members: Sequence[Exchange | walks.Walk], found: Sequence[object]) -> bool:
+    """Does any result go to host memory? So for whoever is not in this process and on a GPU. It is
     waited for then, so that times are those of computing; else they may be those of launching."""
-    exchange = member if isinstance(member, Exchange) else member.exchange
-    return exchange.tensors[0].is_cpu
+    return any(
+        (member if isinstance(member, Exchange) else member.exchange).tensors[0].is_cpu
+        for member, outcome in zip(members, found, strict=True)
+        if outcome is not None
+    )
 
 
 def _opens(exchange: Exchange) -> bool:
@@ -419,20 +435,6 @@ def _opens(exchange: Exchange) -> bool:
     if exchange.op is Op.CHAIN:
         return unpack_chain(exchange.params).steps[0].step is Step.EMBEDDING
     return exchange.op is Op.EMBEDDING
-
-
-def _result(
-    tensors: tuple[torch.Tensor, ...],
-    arrived_s: float,
-    now_s: float,
-    compute_s: float,
-    batch_size: int,
-    shared: bool,
-) -> Result:
-    """An answer to what came at ``arrived_s``: it waited whenever it was not computed."""
-    compute_us = int(compute_s * 1e6)
-    queue_us = max(0, int((now_s - arrived_s) * 1e6) - compute_us)
-    return Result(tensors, queue_us, compute_us, batch_size, shared)
 
 
 def _left() -> ConnectionLost:

@@ -21,6 +21,7 @@ from symbiosis.errors import InvalidInput, ModelError, ProtocolError
 from symbiosis.executor.weights import HostedWeight, Weights
 from symbiosis.privacy.masks import KEY_BYTES, MaskName, expand
 from symbiosis.privacy.ring import (
+    RESIDUE_BYTES,
     WORDS,
     RingWeight,
     by_rows,
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 _BITS = (8, 16)
 _PARAMS = "a mask's parameters are: operation 10 or 11, bits, rows, number"
-_RESIDUE_BYTES = {8: 4, 16: 2 * WORDS}
 
 
 class RingPlan(NamedTuple):
@@ -134,7 +134,7 @@ def check(exchange: Exchange, weights: Weights) -> RingPlan:
         if width != spec.shape[1]:
             raise InvalidInput(f"{exchange.op.name.lower()} of {spec}: the weight takes {width}")
     rows = spec.shape[0]
-    return RingPlan(rows, _RESIDUE_BYTES[bits] * rows * sum(size for _, size in outputs))
+    return RingPlan(rows, RESIDUE_BYTES[bits] * rows * sum(size for _, size in outputs))
 
 
 def _check_mask(exchange: Exchange, weights: Weights) -> RingPlan:
@@ -147,7 +147,7 @@ def _check_mask(exchange: Exchange, weights: Weights) -> RingPlan:
     if len({width for width, _ in sizes}) != 1:
         raise InvalidInput("a mask for weights that do not share an input")
     residues = rows * (sizes[0][0] + sum(size for _, size in sizes))
-    return RingPlan(rows, _RESIDUE_BYTES[bits] * residues)
+    return RingPlan(rows, RESIDUE_BYTES[bits] * residues)
 
 
 def run(

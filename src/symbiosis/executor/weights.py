@@ -203,10 +203,9 @@ class Weights:
             raise UnknownWeight(f"vector {vector_id} is not hosted here") from None
 
     def wait(self) -> None:
-        """Until what this thread computes with them is there: a GPU is behind. A kernel's failure
-        shows here, as a RuntimeError."""
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        """Until what this thread computes with them on their GPU is there. A kernel's failure shows
+        here, as a RuntimeError."""
+        torch.cuda.current_stream(self.device).synchronize()
 
     def view(self, weight_id: int, recipe: Recipe) -> torch.Tensor:
         """The weight as the recipe looks at it; raises UnknownWeight, InvalidInput.

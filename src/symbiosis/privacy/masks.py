@@ -20,7 +20,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from symbiosis.privacy.ring import WORDS, from_wire
+from symbiosis.privacy.ring import RESIDUE_BYTES, WORDS, from_wire
 
 KEY_BYTES = 32
 _ZEROS = memoryview(bytes(1 << 20))
@@ -78,7 +78,7 @@ def expand(name: MaskName, rows: int, width: int, bits: int, start: int = 0) -> 
         ((rows, width), torch.int32) if bits == 8 else ((rows, width, WORDS), torch.int16)
     )
     words = torch.empty(shape, dtype=dtype)
-    block, skipped = divmod(start * width * (4 if bits == 8 else 2 * WORDS), _BLOCK_BYTES)
+    block, skipped = divmod(start * width * RESIDUE_BYTES[bits], _BLOCK_BYTES)
     num_bytes = skipped + words.nbytes
     # The cipher wants room for a block more than it writes.
     stream = torch.empty(num_bytes + _BLOCK_BYTES, dtype=torch.uint8)

@@ -22,7 +22,7 @@ from torch import Tensor
 from symbiosis.errors import ConnectionLost
 from symbiosis.privacy.masks import MaskName, MaskStream, expand, generation
 from symbiosis.privacy.modes import MaskUse
-from symbiosis.privacy.ring import WORDS
+from symbiosis.privacy.ring import RESIDUE_BYTES
 from symbiosis.wire.exchange import Op
 
 _PATIENCE_S = 5.0
@@ -42,7 +42,7 @@ class Site(NamedTuple):
     @property
     def num_bytes(self) -> int:
         """Of a mask and its products, as they travel."""
-        return self.rows * (self.width + self.outputs) * (4 if self.bits == 8 else 2 * WORDS)
+        return self.rows * (self.width + self.outputs) * RESIDUE_BYTES[self.bits]
 
 
 Products = Callable[[Site, "Mask"], tuple[Tensor, ...]]

@@ -33,6 +33,7 @@ LIMIT = {8: (1 << 31) - 1, 16: (1 << 47) - 1}
 """By the weights' bits: what the magnitude of a product must not exceed, lest it wrap around."""
 
 WORDS = 3  # of 16 bits, in a residue modulo 2^48
+RESIDUE_BYTES = {8: 4, 16: 2 * WORDS}  # as they travel, by the bits of the weights
 _LARGEST = {8: 127, 16: 32767}
 _WEIGHTS: dict[int, torch.dtype] = {8: torch.int8, 16: torch.int16}
 _RESIDUES = {torch.int8: torch.int32, torch.int16: torch.int64}
