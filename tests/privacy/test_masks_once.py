@@ -51,6 +51,14 @@ def base(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bas
 
 
 @pytest.fixture
+def helper(folder: Path, tmp_path: Path) -> Iterator[Base]:
+    """A second operator's executor, of one test."""
+    started = Base(folder, tmp_path, "--masked", 8)
+    yield started
+    started.kill()
+
+
+@pytest.fixture
 def recorder(base: Base, tmp_path: Path) -> Iterator[Recorder]:
     with Recorder(tmp_path, base.url) as recording:
         yield recording
@@ -215,9 +223,8 @@ def test_a_fork(recorder: Recorder) -> None:
     check_used_once(recorder, 31)
 
 
-def test_a_fork_while_a_helper_is_asked(folder: Path, recorder: Recorder, tmp_path: Path) -> None:
+def test_a_fork_while_a_helper_is_asked(helper: Base, recorder: Recorder) -> None:
     """The child must not wait for a lock that the parent's thread held."""
-    helper = Base(folder, tmp_path, "--masked", 8)
     privacy = Privacy(mode="masked-split", helper=helper.url)
     with open_session(recorder, privacy=privacy) as session:
         wanted = ask(session)
@@ -231,7 +238,6 @@ def test_a_fork_while_a_helper_is_asked(folder: Path, recorder: Recorder, tmp_pa
             assert torch.equal(ask(session), wanted)
             assert os.waitpid(child, 0)[1] == 0
     check_used_once(recorder, 11)
-    helper.kill()
 
 
 def test_a_copy_for_another_process(recorder: Recorder) -> None:
@@ -245,11 +251,10 @@ def test_a_copy_for_another_process(recorder: Recorder) -> None:
 
 
 def test_a_helper_is_told_each_mask_once(
-    base: Base, folder: Path, recorder: Recorder, tmp_path: Path
+    base: Base, helper: Base, recorder: Recorder, tmp_path: Path
 ) -> None:
     """Two real executors of two operators. The helper is killed in between: its client asks for
     the same mask again, and the executor sees each mask once."""
-    helper = Base(folder, tmp_path, "--masked", 8)
     with Recorder(tmp_path, helper.url) as behind:
         privacy = Privacy(mode="masked-split", helper=behind.url)
         with open_session(recorder, privacy=privacy, retry_s=60) as session:
@@ -272,7 +277,6 @@ def test_a_helper_is_told_each_mask_once(
         for asked in recorder.asked:
             answer = ring_product(w.numbers, asked.tensors[0])
             assert not any(torch.equal(answer, seen.answers[0]) for seen in behind.seen)
-    helper.kill()
 
 
 def test_the_weight_of_these_tests(serve: Serve) -> None:
