@@ -68,6 +68,7 @@ from harness import (  # noqa: E402
 from symbiosis.errors import ExchangeFailed  # noqa: E402
 from symbiosis.executor.executor import Executor  # noqa: E402
 from symbiosis.executor.weights import Weights  # noqa: E402
+from symbiosis.transport import device_memory  # noqa: E402
 from worker import METHODS  # noqa: E402
 
 GIB = 2**30
@@ -101,7 +102,7 @@ THREADS = "threads of one interpreter: its lock bounds what they reach together"
 MARGIN = 0.95
 """Of the memory that is free: the rest is for what a linear formula does not see."""
 
-EXCHANGED = {"8 KB": 8 << 10, "1 MB": 1 << 20}
+EXCHANGED = {"8 KB": 8 << 10, "1 MB": 1 << 20, "16 MB": 16 << 20}
 """What crosses in one exchange, each way."""
 
 
@@ -316,8 +317,14 @@ class Bench:
         found = {}
         with executor(folder, "--device", str(self.device)) as served:
             hosted = Executor.of(whole)
-            for name, base in (("in process", hosted), ("unix", served.unix), ("tcp", served.tcp)):
-                with symbiosis.connect(base) as session:
+            for name, base in (
+                ("in process", hosted),
+                ("unix", served.unix),
+                ("unix, host memory", served.unix),
+                ("tcp", served.tcp),
+            ):
+                through = _through_the_host() if "host" in name else contextlib.nullcontext()
+                with through, symbiosis.connect(base) as session:
                     outcomes = _outcomes(session.model(device=self.device), ids)
                 worst = max(
                     (a.double() - b.double()).abs().max().item()
@@ -332,7 +339,7 @@ class Bench:
         return found
 
     def exchange(self) -> dict[str, Any]:
-        """Microseconds of one exchange with a tiny weight: 8 KB and 1 MB each way."""
+        """Microseconds of one exchange with a tiny weight: 8 KB, 1 MB and 16 MB each way."""
         folder = make_model("llama-tiny", TINY)
         found: dict[str, Any] = {}
         with (
@@ -341,9 +348,14 @@ class Bench:
         ):
             found["in process"] = _exchange_us(session, str(self.device))
         found["processes"] = self._exchanged(folder)
+        found["through the host"] = self._exchanged(folder, "--through-the-host")
         found["with MPS"] = _with_mps(lambda: self._exchanged(folder))
         limits = {
-            label: {"in process": 2 * size / self.copying, "processes": 4 * size / self.link}
+            label: {
+                "in process": 2 * size / self.copying,
+                "processes": 6 * size / self.copying,
+                "through the host": 4 * size / self.link,
+            }
             for label, size in EXCHANGED.items()
         }
         for name, times in found.items():
@@ -351,13 +363,15 @@ class Bench:
         for label, each in limits.items():
             print(
                 f"  {label} each way: 2 · bytes / bandwidth allows {each['in process'] * 1e6:.1f} "
-                f"µs in process, 4 · bytes / link {each['processes'] * 1e6:.1f} between processes"
+                f"µs in process, 6 · bytes / bandwidth {each['processes'] * 1e6:.1f} between "
+                f"processes, 4 · bytes / link {each['through the host'] * 1e6:.1f} through the host"
             )
         return {**found, "limits_s": limits}
 
-    def _exchanged(self, folder: Path) -> Any:
+    def _exchanged(self, folder: Path, *options: str) -> Any:
         """What `_exchange_us` finds between two processes."""
-        command = [sys.executable, __file__, "--device", str(self.device), "--exchange-client"]
+        device = ("--device", str(self.device))
+        command = [sys.executable, __file__, *device, *options, "--exchange-client"]
         with executor(folder, "--device", str(self.device)) as served:
             output = subprocess.check_output([*command, served.unix], text=True, timeout=120)
         return json.loads(output.splitlines()[-1])
@@ -836,6 +850,17 @@ def _exchange_us(session: symbiosis.Session, device: str) -> dict[str, float]:
 
 
 @contextlib.contextmanager
+def _through_the_host() -> Iterator[None]:
+    """A client in the block exchanges through the host's memory, as where it sees no GPU of the
+    executor's."""
+    types, device_memory.EXCHANGED = device_memory.EXCHANGED, ()
+    try:
+        yield
+    finally:
+        device_memory.EXCHANGED = types
+
+
+@contextlib.contextmanager
 def _mps() -> Iterator[bool]:
     """A multi-process service of our own while the block runs; False if there is none."""
     if not torch.cuda.is_available() or shutil.which("nvidia-cuda-mps-control") is None:
@@ -913,10 +938,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--out", type=Path, help="write the results here, not benchmarks/results")
     parser.add_argument("--exchange-client", metavar="URL", help=argparse.SUPPRESS)
+    parser.add_argument("--through-the-host", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--borrower", metavar="URL", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.exchange_client:
-        with symbiosis.connect(options.exchange_client) as session:
+        through = _through_the_host() if options.through_the_host else contextlib.nullcontext()
+        with through, symbiosis.connect(options.exchange_client) as session:
             print(json.dumps(_exchange_us(session, options.device)))
         return
     if options.device.startswith("cuda") and not torch.cuda.is_available():

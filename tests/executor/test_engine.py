@@ -228,8 +228,9 @@ def test_counters(engine: Engine, weights: Weights) -> None:
 def test_times_are_those_of_computing(
     engine: Engine, weights: Weights, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU goes on after the call; here it would take two seconds. Its failures come then, too."""
-    client = client_of(engine)
+    """A GPU goes on after the call; here it would take two seconds. Its failures come then, too. A
+    client of this process is not waited for."""
+    client, here = engine.add_client("ann", "unix"), engine.add_client("bob", "inproc")
 
     def gpu_is_done() -> None:
         clock.now_s += 2
@@ -247,6 +248,8 @@ def test_times_are_those_of_computing(
     monkeypatch.setattr(weights, "wait", gpu_fails)
     (answer,) = submit_and_run(engine, client, linear(weights, torch.randn(2, 32)))
     assert isinstance(answer, ExchangeFailed)
+    (answer,) = submit_and_run(engine, here, linear(weights, torch.randn(2, 32)))
+    assert isinstance(answer, Result) and answer.compute_us == 0
 
 
 def test_empty_inputs_have_empty_results(engine: Engine, weights: Weights) -> None:

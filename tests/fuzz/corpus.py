@@ -178,6 +178,7 @@ def _hellos() -> list[Good]:
 def _requests() -> list[Good]:
     questions: list[Json] = [{"get": g} for g in ("files", "parameters", "stats", "digest", "ring")]
     questions += [{"get": "weight", "id": 1, "why": "a test"}, {"admin": "status"}]
+    questions.append({"get": "memory", "devices": ["cpu"], "bytes": 1})
     return [Good(json_frame(Kind.REQUEST, 5, question)) for question in questions]
 
 

@@ -59,7 +59,7 @@ class Parser:
         if kind is Kind.EXCHANGE:
             found = self._admission.admit(meta, payload_bytes)
             return Admitted(found, found[0].specs)
-        if kind is Kind.PLACED:
+        if kind in (Kind.PLACED, Kind.ON_DEVICE):
             exchange, plan, places = self._admission.admit_placed(meta, payload_bytes, 1 << 20)
             return Admitted((exchange, plan, places), places.inline(exchange.specs))
         if payload_bytes or kind not in (Kind.HELLO, Kind.REQUEST):
@@ -107,7 +107,7 @@ def _understand(frame: Frame) -> None:
     """As a session does."""
     if frame.kind is Kind.RESULT:
         return
-    if frame.kind in (Kind.HELLO, Kind.EXCHANGE, Kind.PLACED, Kind.REQUEST):
+    if frame.kind in (Kind.HELLO, Kind.EXCHANGE, Kind.PLACED, Kind.ON_DEVICE, Kind.REQUEST):
         return
     told = frame.json()
     if frame.kind is Kind.ERROR:

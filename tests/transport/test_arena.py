@@ -24,9 +24,10 @@ from symbiosis.transport.arena import (
     MAX_ARENA_BYTES,
     Arena,
     ArenaUnfit,
-    AttachedArena,
     FreeSpace,
     Laid,
+    ResultSizes,
+    attached,
     receive_with_descriptors,
 )
 from symbiosis.wire.places import INLINE
@@ -45,18 +46,18 @@ def arena() -> Iterator[Arena]:
 
 def lay(arena: Arena, *tensors: torch.Tensor, results: int = 1) -> Laid | None:
     """With room for so many results of the input's size."""
-    arena.learn("product", tensors[0].numel(), (spec_of(tensors[0]),) * results)
-    return arena.lay_out("product", tensors, tuple(spec_of(tensor) for tensor in tensors))
+    specs = tuple(spec_of(tensor) for tensor in tensors)
+    return arena.lay_out(tensors, specs, [specs[0].num_bytes] * results)
 
 
 def answered(arena: Arena, x: torch.Tensor) -> torch.Tensor:
     """The result of an exchange that doubles ``x``, as the two sides work together."""
-    attached = AttachedArena(arena.descriptor)
+    theirs = attached(arena.descriptor)
     laid = lay(arena, x)
     assert laid is not None
-    (seen,) = attached.inputs(laid.places, (spec_of(x),), ())
+    (seen,) = theirs.inputs(laid.places, (spec_of(x),), ())
     assert torch.equal(seen, x)
-    assert attached.deliver(laid.places, (seen * 2,)) == ()
+    assert theirs.deliver(laid.places, (seen * 2,)) == ()
     return laid.results((spec_of(x),), ())[0]
 
 
@@ -153,11 +154,10 @@ def test_small_and_integer_tensors_travel_in_the_payload(arena: Arena) -> None:
 def test_a_result_larger_than_its_room_comes_in_the_payload(arena: Arena) -> None:
     """A wrong guess costs a copy, and nothing else."""
     x = torch.randn(LARGE)
-    attached = AttachedArena(arena.descriptor)
     laid = lay(arena, x, results=2)
     assert laid is not None
     larger = torch.randn(100, 1024)
-    rest = attached.deliver(laid.places, (larger, x))
+    rest = attached(arena.descriptor).deliver(laid.places, (larger, x))
     assert len(rest) == 1
     specs = (spec_of(larger), spec_of(x))
     assert laid.outside(specs) == (spec_of(larger),)
@@ -226,6 +226,20 @@ def test_a_forked_childs_tensors_are_its_own(closed: bool) -> None:
     assert bool((y == 7).all())
 
 
+# How large a result will be
+
+
+def test_sizes_grow_with_the_input_and_are_learned_anew() -> None:
+    sizes = ResultSizes()
+    assert sizes.expected("up", 8) == []
+    sizes.learn("up", 8, (TensorSpec(torch.float32, (4,)), TensorSpec(torch.bfloat16, (4,))))
+    assert sizes.expected("up", 8) == [16, 8]
+    assert sizes.expected("up", 12) == [24, 12]
+    assert sizes.expected("down", 8) == []
+    sizes.learn("up", 8, (SPEC,))
+    assert sizes.expected("up", 8) == [SPEC.num_bytes]
+
+
 # What an executor maps
 
 
@@ -262,7 +276,7 @@ def test_a_descriptor_that_could_harm_the_executor_is_not_mapped(case: str) -> N
     except OSError as error:
         pytest.skip(f"cannot be made here: {error}")
     with pytest.raises(ArenaUnfit, match=told):
-        AttachedArena(descriptor)
+        attached(descriptor)
     os.close(descriptor)
 
 
@@ -270,7 +284,7 @@ def test_a_descriptor_that_could_harm_the_executor_is_not_mapped(case: str) -> N
 def test_memory_that_cannot_be_written_is_not_mapped(seal: int) -> None:
     descriptor = _memfd(4096, seals=fcntl.F_SEAL_SHRINK | seal)
     with pytest.raises(OSError):
-        AttachedArena(descriptor)
+        attached(descriptor)
     os.close(descriptor)
 
 

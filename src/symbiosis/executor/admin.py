@@ -13,11 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from symbiosis.errors import ProtocolError
-from symbiosis.executor.connection import Connection
-from symbiosis.executor.ops import Plan
-from symbiosis.wire.exchange import Exchange
+from symbiosis.executor.connection import Connection, Fitted
 from symbiosis.wire.frames import VERSION, Json, Kind
-from symbiosis.wire.places import Places
 from symbiosis.wire.tensors import empty_payload
 
 if TYPE_CHECKING:
@@ -77,9 +74,5 @@ class Administration:
 class AdminConnection(Connection):
     """Takes questions only."""
 
-    def _fit(
-        self, kind: Kind, meta: bytes, payload_bytes: int
-    ) -> tuple[Exchange, Plan, Places | None] | None:
-        if kind in (Kind.EXCHANGE, Kind.PLACED):
-            raise ProtocolError(f"the administration socket takes no {kind.name} frames")
-        return super()._fit(kind, meta, payload_bytes)
+    def _fit_exchange(self, kind: Kind, meta: bytes, payload_bytes: int) -> Fitted:
+        raise ProtocolError(f"the administration socket takes no {kind.name} frames")

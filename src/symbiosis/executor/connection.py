@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import select
 import selectors
 import socket
@@ -16,14 +15,21 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from symbiosis.errors import ConnectionLost, ExchangeFailed, ProtocolError, SymbiosisError
+from symbiosis.errors import (
+    ConnectionLost,
+    ExchangeFailed,
+    ProtocolError,
+    RequestRefused,
+    SymbiosisError,
+)
 from symbiosis.executor.bounds import FREE_BYTES, Bounds, Progress, Reading, Taken
+from symbiosis.executor.memories import Memories
 from symbiosis.executor.ops import Plan
 from symbiosis.executor.outbox import Outbox
 from symbiosis.executor.ring import only_ring
 from symbiosis.executor.tenants import Account
 from symbiosis.transport.addresses import peer_of
-from symbiosis.transport.arena import ArenaUnfit, AttachedArena, receive_with_descriptors
+from symbiosis.transport.arena import AttachedArena, receive_with_descriptors
 from symbiosis.transport.lent import Lender
 from symbiosis.transport.tls import TlsSocket
 from symbiosis.wire.checksums import checked
@@ -41,12 +47,14 @@ from symbiosis.wire.frames import (
     json_frame,
 )
 from symbiosis.wire.places import Places
-from symbiosis.wire.tensors import as_bytes, offsets, spec_of
+from symbiosis.wire.tensors import as_bytes, empty_payload, offsets, spec_of
 
 if TYPE_CHECKING:
     from symbiosis.executor.server import Server
 
 logger = logging.getLogger(__name__)
+
+_EXCHANGES = (Kind.EXCHANGE, Kind.PLACED, Kind.ON_DEVICE)
 
 MAX_IN_FLIGHT = 16
 """Exchanges of one connection that may wait at once; beyond it, or while answers
@@ -55,7 +63,13 @@ are not taken, the connection is not read: that is the back-pressure."""
 _FREE_REQUESTS = ("stats", "digest")
 """What a tenant may ask for even when its executor time is used up; it costs next to nothing."""
 
-Answer = tuple[int, Result | SymbiosisError, Places | None, Taken]
+Placed = tuple[AttachedArena, Places]
+"""Memory that is shared with the client, and where in it an exchange's tensors lie."""
+
+Fitted = tuple[Exchange, Plan, Placed | None]
+"""An exchange that may come in, before its tensors have."""
+
+Answer = tuple[int, Result | SymbiosisError, Placed | None, Taken]
 """Request, outcome, the places for its results, and what the exchange has taken."""
 
 
@@ -86,8 +100,7 @@ class Connection:
         self._transport = transport
         self._reader = FrameReader(server.limits, self._admit)
         self._client: int | None = None
-        self._descriptors: tuple[int, ...] = ()  # came with HELLO, not yet mapped
-        self._arena: AttachedArena | None = None
+        self._memories = Memories(server.blocks)
         self._outbox = Outbox(accepted)
         self._in_flight = 0
         self._arriving = Taken()  # by an exchange that the engine does not know yet
@@ -153,7 +166,7 @@ class Connection:
         self,
         request: int,
         outcome: Result | SymbiosisError,
-        places: Places | None = None,
+        placed: Placed | None = None,
         taken: Taken = Taken(),
     ) -> None:
         """An exchange has been computed or refused."""
@@ -165,7 +178,7 @@ class Connection:
         self._in_flight -= 1
         if not isinstance(outcome, SymbiosisError):
             try:
-                parts = self._answered(request, outcome, places)
+                parts = self._answered(request, outcome, placed)
             except Exception as error:
                 logger.error("client %s: an answer cannot be sent", self._client, exc_info=error)
                 outcome = ExchangeFailed(f"the result could not be sent: {error}")
@@ -183,15 +196,15 @@ class Connection:
         self._update_events()
 
     def _answered(
-        self, request: int, result: Result, places: Places | None
+        self, request: int, result: Result, placed: Placed | None
     ) -> list[bytes | memoryview]:
         """A RESULT frame; what the client has places for is put there."""
         tensors = result.tensors
         specs = tuple([spec_of(tensor) for tensor in tensors])
         meta = pack_result(result, specs)
-        if places is not None:
-            assert self._arena is not None
-            tensors = self._arena.deliver(places, tensors)
+        if placed is not None:
+            arena, places = placed
+            tensors = arena.deliver(places, tensors)
             specs = tuple([spec_of(tensor) for tensor in tensors])
         if tensors and not tensors[0].is_cpu:
             tensors = tuple(tensor.cpu() for tensor in tensors)
@@ -237,8 +250,7 @@ class Connection:
         self._held_back = False
         self._server.watch(self, 0)
         self.socket.close()
-        self._drop_descriptors()
-        self._arena = None
+        self._memories.close()
         self._outbox.parts.clear()
         self._server.closed(self)
         self._abandon_arriving()
@@ -265,16 +277,8 @@ class Connection:
         """A descriptor may come with HELLO; one that comes later is dropped by the kernel."""
         assert isinstance(self.socket, socket.socket)
         received, descriptors = receive_with_descriptors(self.socket, self._reader.buffer())
-        if descriptors and self._descriptors:
-            self._drop_descriptors(descriptors)
-            raise ProtocolError("a second descriptor came; a client hands over one arena")
-        self._descriptors += descriptors
+        self._memories.came(descriptors)
         return received
-
-    def _drop_descriptors(self, more: tuple[int, ...] = ()) -> None:
-        for descriptor in (*self._descriptors, *more):
-            os.close(descriptor)
-        self._descriptors = ()
 
     def _work(self) -> None:
         """Handle the frames that are there, as long as their answers are taken."""
@@ -311,7 +315,7 @@ class Connection:
         found = self._fit(kind, meta, payload_bytes)
         if found is None:
             return Admitted()
-        exchange, plan, places = found
+        exchange, plan, placed = found
         memory_bytes, input_bytes = payload_bytes + plan.result_bytes, 0
         if memory_bytes <= FREE_BYTES:
             memory_bytes = 0
@@ -324,7 +328,7 @@ class Connection:
             self.account.begin(input_bytes, plan.rows, self._server.engine.clock())
         self._arriving = Taken(input_bytes, memory_bytes)
         specs = exchange.specs
-        return Admitted(found, specs if places is None else places.inline(specs))
+        return Admitted(found, specs if placed is None else placed[1].inline(specs))
 
     def _abandon_arriving(self) -> None:
         """An exchange that was admitted will not be complete."""
@@ -337,23 +341,27 @@ class Connection:
         if memory_bytes:
             self._server.give_back(memory_bytes)
 
-    def _fit(
-        self, kind: Kind, meta: bytes, payload_bytes: int
-    ) -> tuple[Exchange, Plan, Places | None] | None:
+    def _fit(self, kind: Kind, meta: bytes, payload_bytes: int) -> Fitted | None:
         if (kind is Kind.HELLO) != (self._client is None):
             raise ProtocolError(f"unexpected {kind.name} frame: HELLO comes first, and once")
-        if kind is Kind.EXCHANGE:
-            found = self._server.admission.admit(meta, payload_bytes)
-            return only_ring(found) if self._masked else found
-        if kind is Kind.PLACED:
-            if self._arena is None:
-                raise ProtocolError("an exchange with places, but no arena is attached")
-            size = self._arena.size_bytes
-            placed = self._server.admission.admit_placed(meta, payload_bytes, size)
-            return only_ring(placed) if self._masked else placed
+        if kind in _EXCHANGES:
+            return self._fit_exchange(kind, meta, payload_bytes)
         if payload_bytes or kind not in (Kind.HELLO, Kind.REQUEST):
             raise ProtocolError(f"a client may not send a {kind.name} frame like this")
         return None
+
+    def _fit_exchange(self, kind: Kind, meta: bytes, payload_bytes: int) -> Fitted:
+        admission = self._server.admission
+        if kind is Kind.EXCHANGE:
+            exchange, plan, _ = admission.admit(meta, payload_bytes)
+            placed = None
+        else:
+            size = self._memories.of(kind).size_bytes
+            exchange, plan, places = admission.admit_placed(meta, payload_bytes, size)
+            placed = self._memories.of(kind), places
+        if self._masked:
+            only_ring((exchange,))
+        return exchange, plan, placed
 
     def _refuse(self, rejected: Rejected) -> None:
         assert self._client is not None
@@ -362,7 +370,7 @@ class Connection:
         self._send([error_frame(rejected.request, rejected.error)])
 
     def _handle(self, frame: Frame) -> None:
-        if frame.kind is Kind.EXCHANGE or frame.kind is Kind.PLACED:
+        if frame.kind in _EXCHANGES:
             assert isinstance(frame.found, tuple)
             self._exchange(frame, *frame.found)
         elif frame.kind is Kind.HELLO:
@@ -371,21 +379,14 @@ class Connection:
             self._request(frame)
 
     def _greeted(self, hello: Json) -> None:
-        if bool(hello.get("arena")) != bool(self._descriptors):
-            raise ProtocolError("an arena is announced and its descriptor sent, both or neither")
+        arena = self._memories.map_arena(bool(hello.get("arena")))
         client, welcome = self._desk.attach(hello, self._transport, self._certificate_names())
         self._client = client
         self._server.greeted(self)
         self.account = self._server.engine.account_of(client)
         self._masked = hello.get("masked") is not None
-        if self._descriptors:
-            try:
-                self._arena = AttachedArena(self._descriptors[0])
-                welcome = {**welcome, "arena": True}
-            except (ArenaUnfit, OSError) as error:
-                logger.warning("client %d: its arena is not taken: %s", client, error)
-                welcome = {**welcome, "arena": str(error)}
-            self._drop_descriptors()
+        if arena is not None:
+            welcome = {**welcome, "arena": arena}
         descriptor = None
         if hello.get("lend") and self._transport == "unix":
             assert isinstance(self.socket, socket.socket)
@@ -398,23 +399,23 @@ class Connection:
         return ()
 
     def _exchange(
-        self, frame: Frame, exchange: Exchange, plan: Plan, places: Places | None
+        self, frame: Frame, exchange: Exchange, plan: Plan, placed: Placed | None
     ) -> None:
         assert self._client is not None
         self._in_flight += 1
         taken, self._arriving = self._arriving, Taken()
         self._count(bytes_in=len(frame.meta) + len(frame.payload))
         tensors, place = frame.tensors, None
-        if places is not None:
-            assert self._arena is not None
-            tensors = self._arena.inputs(places, exchange.specs, tensors)
-            place = functools.partial(self._arena.place, places)
+        if placed is not None:
+            arena, places = placed
+            tensors = arena.inputs(places, exchange.specs, tensors)
+            place = functools.partial(arena.place, places)
         try:
             self._server.engine.submit(
                 self._client,
                 exchange._replace(tensors=tensors, place=place),
                 plan,
-                lambda outcome: self._server.reply(self, frame.request, outcome, places, taken),
+                lambda outcome: self._server.reply(self, frame.request, outcome, placed, taken),
             )
         except BaseException:
             self._arriving = taken  # nobody will answer it
@@ -430,7 +431,10 @@ class Connection:
                 account = None
             if account is not None:
                 account.begin(0, 0, started_s)
-            answer, payload = self._desk.answer(self._client, question)
+            if question.get("get") == "memory":
+                answer, payload = self._give_block(question), empty_payload(0)
+            else:
+                answer, payload = self._desk.answer(self._client, question)
         except SymbiosisError as error:
             self._send([error_frame(frame.request, error)])
             return
@@ -438,6 +442,11 @@ class Connection:
             engine.charge(account, engine.clock() - started_s)
         head = json_frame(Kind.REPLY, frame.request, answer, len(payload))
         self._send([head, as_bytes(payload)])
+
+    def _give_block(self, question: Json) -> Json:
+        if self._transport != "unix" or self._in_flight:
+            raise RequestRefused("a device's memory: over a UNIX socket, and between exchanges")
+        return self._memories.give_block(question)
 
     def _count(self, bytes_in: int = 0, bytes_out: int = 0) -> None:
         stats = self._server.engine.stats.clients.get(self._client or 0)

@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -228,7 +228,7 @@ class Engine:
             now_s = self.clock()
         else:
             members = [pending.walk or pending.exchange for pending in pendings]
-            results = self._compute(members)
+            results = self._compute(members, self._go_out(chosen))
             now_s = self.clock()
             spent_s = now_s - started_s
         walking: list[tuple[Request, _Pending]] = []
@@ -304,26 +304,35 @@ class Engine:
             "held_s": alignment.held_s,
         }
 
+    def _go_out(self, chosen: Batch) -> bool:
+        """On a GPU: is any of a batch for whoever is not in this process? It is waited for then,
+        so that times are those of computing; else they may be those of launching."""
+        if self.weights.device.type != "cuda":
+            return False
+        clients = [self.stats.clients.get(request.client) for request in chosen.requests]
+        return any(client is None or client.transport != "inproc" for client in clients)
+
     def _compute(
-        self, members: list[Exchange | walks.Walk]
+        self, members: list[Exchange | walks.Walk], waits: bool
     ) -> list[tuple[torch.Tensor, ...] | SymbiosisError | None]:
-        """A batch that fails is tried again one by one: one client's failure stays its own.
+        """A batch that fails is tried again one by one: one client's failure stays its own. With
+        ``waits``, results are there when it returns.
 
         Gradients are off: whoever runs the engine sees to that, once for its thread.
         """
         try:
             found: list[tuple[torch.Tensor, ...] | SymbiosisError | None] = []
             found.extend(walks.compute(members, self.weights))
-            if self.weights.device.type == "cuda" and _goes_out(members, found):
+            if waits and any(outcome is not None for outcome in found):
                 self.weights.wait()
             return found
         except SymbiosisError as error:
             if len(members) == 1:
                 return [error]
-            return [self._compute([member])[0] for member in members]
+            return [self._compute([member], waits)[0] for member in members]
         except _FAILURES as error:
             if len(members) > 1:
-                return [self._compute([member])[0] for member in members]
+                return [self._compute([member], waits)[0] for member in members]
             (member,) = members
             exchange = member if isinstance(member, Exchange) else member.exchange
             name = self.weights[exchange.weights[0]].names[0]
@@ -365,7 +374,8 @@ class Engine:
         seconds that all pieces took so far."""
         with self._queue_lock:
             pieces = self._pieces_of(chosen, pending)
-        (found,) = self._compute([pieces.exchange(chosen.start, chosen.start + chosen.rows)])
+        piece = pieces.exchange(chosen.start, chosen.start + chosen.rows)
+        (found,) = self._compute([piece], self._go_out(chosen))
         if isinstance(found, tuple):
             try:
                 pieces.add(chosen.start, found)
@@ -418,16 +428,6 @@ class Engine:
                     stats.exchanges += 1
                     stats.batch_members += walk.mean_batch if walk else size
             self.stats.batch_ran(size, answered, chosen.rows, now_s, elapsed_s)
-
-
-def _goes_out(members: Sequence[Exchange | walks.Walk], found: Sequence[object]) -> bool:
-    """Does any result go to host memory? So for whoever is not in this process and on a GPU. It is
-    waited for then, so that times are those of computing; else they may be those of launching."""
-    return any(
-        (member if isinstance(member, Exchange) else member.exchange).tensors[0].is_cpu
-        for member, outcome in zip(members, found, strict=True)
-        if outcome is not None
-    )
 
 
 def _opens(exchange: Exchange) -> bool:

@@ -40,7 +40,9 @@ from symbiosis.executor.server import Server
 from symbiosis.executor.streams import on_default
 from symbiosis.executor.weights import Weights
 from symbiosis.privacy.modes import Bits
+from symbiosis.transport import device_memory
 from symbiosis.transport.addresses import Address
+from symbiosis.transport.device_arena import DeviceBlocks
 from symbiosis.transport.inproc import InprocChannel
 from symbiosis.transport.lent import Lender
 from symbiosis.transport.tls import ServerTls
@@ -175,6 +177,7 @@ class Executor:
             inherited,
             tls=tls,
             guard=self._guard,
+            blocks=self._blocks(),
             bounds=self._bounds,
             admin=None if admin is None else (admin_address(admin), Administration(self)),
         )
@@ -183,6 +186,13 @@ class Executor:
         self._ended.clear()
         threading.Thread(target=self._run, name="symbiosis-executor", daemon=True).start()
         return [str(address) for address in server.addresses]
+
+    def _blocks(self) -> DeviceBlocks | None:
+        """Of the GPU's memory, for clients of this host to exchange through; none among tenants,
+        for whoever had one before could read it."""
+        device = self.weights.device
+        exchanged = device.type in device_memory.EXCHANGED and self._guard is None
+        return DeviceBlocks(device) if exchanged else None
 
     def wait(self) -> None:
         """Block until the server stops."""

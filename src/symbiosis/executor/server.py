@@ -26,15 +26,15 @@ from symbiosis.errors import ConnectionFailed, ConnectionLost, SymbiosisError
 from symbiosis.executor.admin import AdminConnection
 from symbiosis.executor.admission import Admission
 from symbiosis.executor.bounds import Bounds, Budget, Taken
-from symbiosis.executor.connection import Answer, Connection, Desk
+from symbiosis.executor.connection import Answer, Connection, Desk, Placed
 from symbiosis.executor.encrypted import EncryptedConnection
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.guard import LOOK_EVERY_S, Guard, context_for, refusal
 from symbiosis.transport.addresses import Address, listen, tune
+from symbiosis.transport.device_arena import DeviceBlocks
 from symbiosis.transport.tls import ServerTls, TlsSocket
 from symbiosis.wire.exchange import Result
 from symbiosis.wire.frames import Limits
-from symbiosis.wire.places import Places
 
 logger = logging.getLogger(__name__)
 
@@ -69,13 +69,16 @@ class Server:
         *,
         tls: ServerTls | None = None,
         guard: Guard | None = None,
+        blocks: DeviceBlocks | None = None,
         bounds: Bounds = Bounds(),
         admin: tuple[Address, Desk] | None = None,
     ) -> None:
         """Starts listening, or goes on with sockets that were ``inherited``, and whose owner will
         remove what they leave; raises ConnectionFailed. ``tls`` is for the tls:// addresses,
-        ``admin`` a door for the operator."""
+        ``blocks`` what clients of this host may have of the GPU's memory, ``admin`` a door for the
+        operator."""
         self.engine = engine
+        self.blocks = blocks
         self.limits = limits
         self._selector = selectors.DefaultSelector()
         self._guard = guard
@@ -160,14 +163,14 @@ class Server:
         connection: Connection,
         request: int,
         outcome: Result | SymbiosisError,
-        places: Places | None = None,
+        placed: Placed | None = None,
         taken: Taken = Taken(),
     ) -> None:
         """Send an answer; from any thread."""
         if threading.get_ident() == self._thread:
-            connection.answer(request, outcome, places, taken)
+            connection.answer(request, outcome, placed, taken)
         else:
-            answer = (request, outcome, places, taken)
+            answer = (request, outcome, placed, taken)
             self._from_other_threads.append((connection, answer))
             self._wake()
 

@@ -17,12 +17,13 @@ import os
 import socket
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 
 from symbiosis.errors import ProtocolError
+from symbiosis.transport import device_memory
 from symbiosis.wire.places import INLINE, Places, Room
 from symbiosis.wire.tensors import ITEM_BYTES, TensorSpec, in_storage
 
@@ -90,13 +91,37 @@ class _Learned(NamedTuple):
     sizes: tuple[int, ...]  # in bytes
 
 
+class ResultSizes:
+    """How large results will be: results of the same product are as large per input element as
+    they last were. ``product`` says what is computed, apart from the number of rows."""
+
+    def __init__(self) -> None:
+        self._learned: dict[object, _Learned] = {}
+
+    def expected(self, product: object, elements: int) -> list[int]:
+        """In bytes, of an input of so many elements; empty if nothing is known."""
+        learned = self._learned.get(product)
+        if learned is None or not learned.elements:
+            return []
+        return [-(-size * elements // learned.elements) for size in learned.sizes]
+
+    def learn(self, product: object, elements: int, specs: tuple[TensorSpec, ...]) -> None:
+        """``product`` of an input of ``elements`` had these results."""
+        known = self._learned.get(product)
+        if known is not None and known[:2] == (elements, specs):
+            return
+        if len(self._learned) >= _MOST_LEARNED:
+            self._learned.clear()
+        self._learned[product] = _Learned(elements, specs, tuple(s.num_bytes for s in specs))
+
+
 class Laid(NamedTuple):
     """One exchange laid out in an arena. Its inputs' places are held as long as it lives."""
 
     places: Places
     inline: tuple[torch.Tensor, ...]  # inputs that travel in the payload
-    blocks: tuple[memoryview | None, ...]  # of the results
-    held: list[memoryview]
+    result: Callable[[int, TensorSpec], torch.Tensor]  # of that number, where it lies
+    held: object
 
     def results(
         self, specs: tuple[TensorSpec, ...], came: tuple[torch.Tensor, ...]
@@ -104,7 +129,7 @@ class Laid(NamedTuple):
         """The results where they lie: in their places, or ``came`` with the answer."""
         rest = iter(came)
         return tuple(
-            _in_block(self.blocks[i], spec) if self.places.holds(i, spec.num_bytes) else next(rest)
+            self.result(i, spec) if self.places.holds(i, spec.num_bytes) else next(rest)
             for i, spec in enumerate(specs)
         )
 
@@ -132,7 +157,6 @@ class Arena:
         self._free = FreeSpace(self.size_bytes)
         self._holds: dict[int, _Hold] = {}  # by start
         self._dead: deque[weakref.ref[memoryview]] = deque()
-        self._learned: dict[object, _Learned] = {}
         self._touched = self._peak = 0  # highest ends: ever used, used since the last trim
         self._until_trim = _TRIM_EVERY
         self._kept: list[tuple[int, bytes]] = []
@@ -164,19 +188,14 @@ class Arena:
             _closed.discard(self)
 
     def lay_out(
-        self, product: object, tensors: tuple[torch.Tensor, ...], specs: tuple[TensorSpec, ...]
+        self,
+        tensors: tuple[torch.Tensor, ...],
+        specs: tuple[TensorSpec, ...],
+        expected: Sequence[int],
     ) -> Laid | None:
-        """Copy the large inputs in and make room for large results.
-
-        ``product`` says what is computed, apart from the number of rows: results of the same
-        product are as large per input element as `learn` last saw. None if nothing is large or
-        nothing is free.
+        """Copy the large inputs in and make room for large results, which are ``expected`` to have
+        so many bytes each. None if nothing is large or nothing is free.
         """
-        learned = self._learned.get(product)
-        elements = tensors[0].numel()
-        expected: list[int] = []
-        if learned is not None and learned.elements:
-            expected = [-(-size * elements // learned.elements) for size in learned.sizes]
         large = [s.num_bytes >= PLACED_BYTES and s.dtype.is_floating_point for s in specs]
         if not any(large) and all(size < PLACED_BYTES for size in expected):
             return None
@@ -197,21 +216,9 @@ class Arena:
                 held.append(block[1])
                 _in_block(block[1], spec).copy_(tensor)
         rooms = tuple(Room(b[0], len(b[1])) if b else Room(0, 0) for b in blocks)
-        return Laid(
-            Places(tuple(starts), rooms),
-            tuple(inline),
-            tuple(b[1] if b else None for b in blocks),
-            held,
-        )
-
-    def learn(self, product: object, elements: int, specs: tuple[TensorSpec, ...]) -> None:
-        """``product`` of an input of ``elements`` had these results."""
-        known = self._learned.get(product)
-        if known is not None and known[:2] == (elements, specs):
-            return
-        if len(self._learned) >= _MOST_LEARNED:
-            self._learned.clear()
-        self._learned[product] = _Learned(elements, specs, tuple(s.num_bytes for s in specs))
+        memory = tuple(b[1] if b else None for b in blocks)
+        result = functools.partial(_result_in, memory)
+        return Laid(Places(tuple(starts), rooms), tuple(inline), result, held)
 
     @property
     def held_bytes(self) -> int:
@@ -309,22 +316,34 @@ def _map_private(address: int, size: int) -> None:
     assert found == address, "no memory for a forked child's tensors"
 
 
-def _in_block(block: memoryview | None, spec: TensorSpec) -> torch.Tensor:
-    """A tensor at the start of ``block``; its storage keeps the block alive."""
+def _result_in(
+    blocks: tuple[memoryview | None, ...], number: int, spec: TensorSpec
+) -> torch.Tensor:
+    block = blocks[number]
     assert block is not None
+    return _in_block(block, spec)
+
+
+def _in_block(block: memoryview, spec: TensorSpec) -> torch.Tensor:
+    """A tensor at the start of ``block``; its storage keeps the block alive."""
     count = spec.num_bytes // ITEM_BYTES[spec.dtype]
     storage = torch.frombuffer(block, dtype=spec.dtype, count=count).untyped_storage()
     return in_storage(storage, 0, spec)
 
 
-class AttachedArena:
-    """The executor's side: a client's arena, mapped. Tensors in it keep the mapping alive."""
+def attached(descriptor: int) -> AttachedArena:
+    """A client's arena, mapped. The caller keeps ``descriptor``. Raises ArenaUnfit, OSError."""
+    mapped = mmap.mmap(descriptor, checked_size(descriptor, MAX_ARENA_BYTES))
+    return AttachedArena(torch.frombuffer(mapped, dtype=torch.uint8))
 
-    def __init__(self, descriptor: int) -> None:
-        """The caller keeps ``descriptor``. Raises ArenaUnfit, OSError."""
-        self.size_bytes = checked_size(descriptor, MAX_ARENA_BYTES)
-        mapped = mmap.mmap(descriptor, self.size_bytes)
-        self._storage = torch.frombuffer(mapped, dtype=torch.uint8).untyped_storage()
+
+class AttachedArena:
+    """The executor's side: memory that it shares with one client. Tensors in it keep it alive."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        """``memory`` is uint8 (n,), on any device."""
+        self.size_bytes = len(memory)
+        self._storage = memory.untyped_storage()
 
     def inputs(
         self, places: Places, specs: tuple[TensorSpec, ...], came: tuple[torch.Tensor, ...]
@@ -349,8 +368,8 @@ class AttachedArena:
     def deliver(
         self, places: Places, results: tuple[torch.Tensor, ...]
     ) -> tuple[torch.Tensor, ...]:
-        """Write the results into their places, where they are not there already; those that
-        have none are returned."""
+        """Write the results into their places, where they are not there already; when it returns,
+        they are there. Those that have none are returned."""
         rest = []
         for number, result in enumerate(results):
             place = self.place(places, number, result.dtype, tuple(result.shape))
@@ -358,6 +377,7 @@ class AttachedArena:
                 rest.append(result)
             elif place.data_ptr() != result.data_ptr():
                 place.copy_(result)
+        device_memory.finish(self._storage.device)
         return tuple(rest)
 
 

@@ -13,10 +13,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import torch
 
 from symbiosis.errors import ProtocolError
 from symbiosis.wire.frames import Json
+
+EXCHANGED: tuple[str, ...] = ("cuda",)
+"""Types of device whose memory activations go through, where executor and client share a host."""
 
 ALIGNMENT = 512
 """Of a tensor in a block: that of torch's CUDA allocator, by which kernels are chosen."""
@@ -85,6 +89,33 @@ def share(block: torch.Tensor) -> Json:
     }
 
 
+def finish(device: torch.device) -> None:
+    """Until what this process has launched on a GPU is done. A kernel's failure shows here, as a
+    RuntimeError."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def total_bytes(device: torch.device) -> int:
+    """All that it has."""
+    if device.type == "cpu":
+        return int(psutil.virtual_memory().total)
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def identity(device: torch.device) -> str:
+    """Of a device, the same in every process of this host, whatever number it has there."""
+    return "cpu" if device.type == "cpu" else _uuid(device)
+
+
+def devices_like(device: torch.device) -> dict[str, torch.device]:
+    """Those of the same type that this process sees, by their `identity`."""
+    if device.type != "cuda":
+        return {identity(device): device}
+    found = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    return {identity(each): each for each in found}
+
+
 def is_on(shared: Json, device: torch.device) -> bool:
     """Does the block that is ``shared`` lie on that device? Opens nothing."""
     if device.type != "cuda":
@@ -132,7 +163,6 @@ def _opened(shared: dict[str, Any], device: torch.device, num_bytes: int) -> tor
 
 
 def _uuid(device: torch.device) -> str:
-    """Of a GPU, the same in every process, whatever number it has there."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 

@@ -2,7 +2,7 @@
 
 Payload bytes go from the tensor's memory to the kernel and from there into the result's memory;
 nothing is pickled and nothing else is copied. Large tensors between processes of one host lie in
-memory that both have mapped (`arena`).
+memory that both have mapped (`arena`), or that of a GPU in some of it (`device_arena`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import logging
 import os
 import socket
 import ssl
+import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -22,8 +24,10 @@ from symbiosis.errors import (
     SymbiosisError,
     from_code,
 )
+from symbiosis.transport import device_memory
 from symbiosis.transport.addresses import Address, tune
-from symbiosis.transport.arena import Arena, Laid, receive_with_descriptors
+from symbiosis.transport.arena import Arena, Laid, ResultSizes, receive_with_descriptors
+from symbiosis.transport.device_arena import DeviceArena, bytes_needed
 from symbiosis.transport.lent import Lent
 from symbiosis.transport.tls import Secret, Tls, client_context, reason_of, secure
 from symbiosis.wire.checksums import checked
@@ -40,7 +44,7 @@ from symbiosis.wire.frames import (
     json_frame,
 )
 from symbiosis.wire.places import pack_places
-from symbiosis.wire.tensors import offsets
+from symbiosis.wire.tensors import TensorSpec, offsets
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +93,9 @@ class SocketChannel:
         ``silence_s`` in mid-exchange counts as lost, if that is given.
 
         ``arena_bytes`` is the address space of the memory that is shared with an executor behind
-        a UNIX socket, 0 for none; without it everything goes through the socket. ``borrow`` takes
-        the weights that such an executor lends. ``key`` goes into the greeting. Raises
-        ConnectionFailed, AuthenticationFailed, QuotaExceeded, ProtocolError.
+        a UNIX socket, 0 for none, nor a GPU's; without it everything goes through the socket.
+        ``borrow`` takes the weights that such an executor lends. ``key`` goes into the greeting.
+        Raises ConnectionFailed, AuthenticationFailed, QuotaExceeded, ProtocolError.
         """
         self._url = url
         self._request = 0
@@ -102,6 +106,10 @@ class SocketChannel:
         self._checked = address.path is None and not address.is_tls  # which checks by itself
         self._reader = FrameReader(_CLIENT_LIMITS, self._awaited.admit, checked=self._checked)
         self._arena = self._make_arena(arena_bytes)
+        shares = bool(arena_bytes) and address.path is not None
+        self._sizes = ResultSizes() if shares else None  # without: everything is sent
+        self._on_device: DeviceArena | None = None
+        self._most_on_device = sys.maxsize  # beyond which no block is asked for
         self.lent: Lent | None = None
         self._borrowing = borrow and address.path is not None
         self._descriptor = -1  # of the memory that is lent, until it is mapped
@@ -133,15 +141,17 @@ class SocketChannel:
                 f"an input of {', '.join(map(str, exchange.specs))} exceeds the executor's limit "
                 f"of {self._max_payload_bytes} bytes: use a smaller batch or shorter sequences"
             )
-        self._request += 1
         meta = pack_exchange(exchange)
         tensors, specs, kind = exchange.tensors, exchange.specs, Kind.EXCHANGE
         product, elements = exchange[:5], tensors[0].numel()
-        if self._arena is not None:
-            self._awaited.laid = laid = self._arena.lay_out(product, tensors, specs)
+        if self._sizes is not None:
+            expected = self._sizes.expected(product, elements)
+            laid, kind = self._lay_out(tensors, specs, expected)
             if laid is not None:
-                tensors, specs, kind = laid.inline, laid.places.inline(specs), Kind.PLACED
+                tensors, specs = laid.inline, laid.places.inline(specs)
                 meta = pack_places(laid.places) + meta
+            self._awaited.laid = laid
+        self._request += 1
         if tensors and not tensors[0].is_cpu:
             tensors = tuple(tensor.cpu() for tensor in tensors)
         parts = exchange_parts(kind, self._request, meta, specs, tensors)
@@ -153,13 +163,51 @@ class SocketChannel:
             raise
         assert isinstance(frame.found, tuple)
         result, specs = frame.found
-        if self._arena is not None:
-            self._arena.learn(product, elements, specs)
+        if self._sizes is not None:
+            self._sizes.learn(product, elements, specs)
             if self._awaited.laid is not None:
                 found = self._awaited.laid.results(specs, frame.tensors)
                 self._awaited.laid = None
                 return Result(found, *result[1:])
         return Result(frame.tensors, *result[1:])
+
+    def _lay_out(
+        self,
+        tensors: tuple[torch.Tensor, ...],
+        specs: tuple[TensorSpec, ...],
+        expected: Sequence[int],
+    ) -> tuple[Laid | None, Kind]:
+        """Where an exchange's tensors lie, if not in the frame, and the kind that says so."""
+        laid = None
+        if tensors[0].device.type in device_memory.EXCHANGED:
+            needed = bytes_needed(specs, expected)
+            present = 0 if self._on_device is None else self._on_device.size_bytes
+            if present < needed <= self._most_on_device:
+                self._ask_for_memory(tensors[0].device, needed)
+            if self._on_device is not None:
+                laid = self._on_device.lay_out(tensors, specs, expected)
+                if laid is not None:
+                    return laid, Kind.ON_DEVICE
+        if self._arena is not None:
+            laid = self._arena.lay_out(tensors, specs, expected)
+        return laid, Kind.EXCHANGE if laid is None else Kind.PLACED
+
+    def _ask_for_memory(self, device: torch.device, num_bytes: int) -> None:
+        """A block of the executor's device, if this process sees that too, in place of the one
+        before; where there is none, the one before stays, and no more is asked for."""
+        visible = device_memory.devices_like(device)
+        question: Json = {"get": "memory", "devices": list(visible), "bytes": num_bytes}
+        try:
+            told, _ = self.request(question)
+            self._on_device = None
+            block = device_memory.attach(told, visible[str(told["device"])])
+        except ConnectionLost:
+            raise
+        except (SymbiosisError, KeyError, RuntimeError) as error:
+            logger.info("%s: activations go through the host's memory: %s", self._url, error)
+            self._most_on_device = 0 if self._on_device is None else self._on_device.size_bytes
+            return
+        self._on_device = DeviceArena(block)
 
     def request(self, question: Json) -> tuple[Json, torch.Tensor]:
         self._request += 1
@@ -183,7 +231,7 @@ class SocketChannel:
             self._descriptor = -1
         if self._arena is not None:
             self._arena.close()
-        self._arena = self._awaited.laid = None  # tensors that lie there keep the memory
+        self._arena = self._on_device = self._awaited.laid = None  # tensors there keep the memory
 
     def _make_arena(self, arena_bytes: int) -> Arena | None:
         if not arena_bytes or self._socket.family != socket.AF_UNIX:

@@ -43,6 +43,7 @@ class Kind(enum.IntEnum):
     RESULT = 6  # e→c, binary: its outcome
     ERROR = 7  # e→c, JSON: {"code", "message"}, for the request or (request 0) the connection
     PLACED = 8  # c→e, binary: an EXCHANGE with tensors in the arena, after where they lie
+    ON_DEVICE = 9  # c→e, binary: the same in the executor's block of the GPU's memory
 
 
 _KINDS = {int(kind): kind for kind in Kind}

@@ -148,10 +148,9 @@ def unviewed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def in_storage(storage: torch.UntypedStorage, start: int, spec: TensorSpec) -> torch.Tensor:
-    """A tensor in memory of the CPU, from byte ``start`` on, which autograd does not take for a
-    view."""
+    """A tensor in that memory, from byte ``start`` on, which autograd does not take for a view."""
     at = start // ITEM_BYTES[spec.dtype]
-    return torch.empty(0, dtype=spec.dtype, device=_CPU).set_(storage, at, spec.shape)  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=spec.dtype, device=storage.device).set_(storage, at, spec.shape)  # type: ignore[call-overload,no-any-return]
 
 
 def from_payload(payload: torch.Tensor, specs: tuple[TensorSpec, ...]) -> tuple[torch.Tensor, ...]:
