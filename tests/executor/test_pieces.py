@@ -180,7 +180,7 @@ def test_a_trainer_that_leaves_while_its_piece_fails(
 ) -> None:
     """In another thread, which is how it is answered only once."""
 
-    def compute(members: object) -> list[SymbiosisError]:
+    def compute(members: object, waits: bool) -> list[SymbiosisError]:
         scene.engine.remove_client(scene.trainer)
         return [ExchangeFailed("it failed")]
 
@@ -202,7 +202,7 @@ def test_everybody_is_answered_whatever_happens(
     if not pieces:
         scene.engine._scheduler.policy = "greedy"
     with monkeypatch.context() as patch:
-        patch.setattr(scene.engine, "_compute", lambda members: (_ for _ in ()).throw(error))
+        patch.setattr(scene.engine, "_compute", lambda members, waits: (_ for _ in ()).throw(error))
         answers = [
             scene.submit(client, scene.training(ROWS, 32) if pieces else scene.training(2, 32))
             for client in clients
