@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from pathlib import Path
+
 import pytest
 import torch
 
-from symbiosis.errors import RequestRefused
+from symbiosis.errors import QuotaExceeded, RequestRefused
 from symbiosis.transport import device_memory
 from symbiosis.transport.arena import AttachedArena
 from symbiosis.transport.device_arena import DeviceArena, DeviceBlocks, bytes_needed
@@ -89,15 +92,28 @@ def test_a_block_that_came_back_goes_to_the_next_client() -> None:
     assert blocks.take(MIB) is large
 
 
+def test_a_block_waits_for_who_needs_it_as_long_as_there_is_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(device_memory, "total_bytes", lambda device: 8 * (128 + 16) * MIB)
+    blocks = DeviceBlocks(CPU)
+    large = blocks.take(128 * MIB)
+    blocks.give(large)
+    small = blocks.take(MIB)
+    assert small is not large
+    assert blocks.take(MIB) is large  # there is no more
+
+
 def test_no_more_than_the_clients_share() -> None:
     blocks = DeviceBlocks(CPU)
     kept = [blocks.take(MIB) for _ in range(3)]
-    with pytest.raises(RequestRefused, match="all clients may have"):
+    with pytest.raises(QuotaExceeded, match=r"clients have 50331648 .* and may have 67108864"):
         blocks.take(17 * MIB)
-    with pytest.raises(RequestRefused):
-        blocks.take(1 << 70)
+    for much in (65 * MIB, 1 << 70, 10**5000):
+        with pytest.raises(QuotaExceeded, match="an exchange may have 67108864"):
+            blocks.take(much)
     kept.append(blocks.take(MIB))
-    with pytest.raises(RequestRefused):
+    with pytest.raises(QuotaExceeded):
         blocks.take(1)
 
 
@@ -106,8 +122,65 @@ def test_a_device_that_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setattr(device_memory, "allocate", full)
-    with pytest.raises(RequestRefused, match="of the GPU for activations: full"):
-        DeviceBlocks(CPU).take(1)
+    blocks = DeviceBlocks(CPU)
+    for _ in range(2):
+        with pytest.raises(QuotaExceeded, match="bytes left for activations"):
+            blocks.take(1)
+    monkeypatch.undo()
+    assert blocks.take(1)  # there is room again
+
+
+def test_a_device_that_cannot_share_is_not_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(block: torch.Tensor) -> dict[str, object]:
+        raise RuntimeError("CUDA error: operation not supported")
+
+    monkeypatch.setattr(device_memory, "share", refuse)
+    blocks = DeviceBlocks(CPU)
+    with pytest.raises(RequestRefused, match="operation not supported"):
+        blocks.take(1)
+    with pytest.raises(QuotaExceeded, match="may have 0 bytes"):
+        blocks.take(1)
+
+
+def test_what_is_under_way_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier copies before the block is written to, the inputs before the frame is sent; results
+    before the answer is. On the CPU there is nothing to wait for: by what is waited for when."""
+    client, executor = both()
+    x, done = torch.ones(4), []
+    block = client._block[:16].view(torch.float32)
+    monkeypatch.setattr(device_memory, "wait_for_all", lambda d: done.append(block.tolist()))
+    laid = client.lay_out((x,), (spec_of(x),), [x.nbytes])
+    assert laid is not None
+    assert done == [[0.0] * 4, [1.0] * 4]
+    place = executor.place(laid.places, 0, torch.float32, (4,))
+    assert place is not None
+    monkeypatch.setattr(device_memory, "wait_for_stream", lambda d: done.append(place.tolist()))
+    executor.deliver(laid.places, (2 * x,))
+    executor.deliver(laid.places, (place,))  # is there already
+    assert done[2:] == [[2.0] * 4]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_keeps_what_its_parent_had_attached() -> None:
+    """It could not let go of memory of CUDA's."""
+    block = DeviceBlocks(CPU).take(1)
+    ours = device_memory.attach(block.shared, CPU)
+    ours[0] = 7
+    address = ours.data_ptr()
+    kept = multiprocessing.get_context("fork").Queue()
+
+    def child() -> None:
+        nonlocal ours
+        del ours
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        starts = [int(line.split("-")[0], 16) for line in lines]
+        kept.put(any(start <= address < start + MIB for start in starts))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    assert kept.get(timeout=30)
+    process.join(30)
+    assert ours[0] == 7
 
 
 def test_a_spec_of_no_bytes_has_no_place() -> None:

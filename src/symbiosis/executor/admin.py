@@ -76,3 +76,6 @@ class AdminConnection(Connection):
 
     def _fit_exchange(self, kind: Kind, meta: bytes, payload_bytes: int) -> Fitted:
         raise ProtocolError(f"the administration socket takes no {kind.name} frames")
+
+    def _give_block(self, question: Json) -> Json:
+        raise ProtocolError("the administration socket gives no memory")

@@ -249,8 +249,8 @@ class Connection:
         self._closed = True
         self._held_back = False
         self._server.watch(self, 0)
+        self._memories.close(has_gone=self.has_hung_up)
         self.socket.close()
-        self._memories.close()
         self._outbox.parts.clear()
         self._server.closed(self)
         self._abandon_arriving()

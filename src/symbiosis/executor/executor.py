@@ -42,7 +42,7 @@ from symbiosis.executor.weights import Weights
 from symbiosis.privacy.modes import Bits
 from symbiosis.transport import device_memory
 from symbiosis.transport.addresses import Address
-from symbiosis.transport.device_arena import DeviceBlocks
+from symbiosis.transport.device_arena import DeviceBlocks, blocks_of
 from symbiosis.transport.inproc import InprocChannel
 from symbiosis.transport.lent import Lender
 from symbiosis.transport.tls import ServerTls
@@ -192,7 +192,7 @@ class Executor:
         for whoever had one before could read it."""
         device = self.weights.device
         exchanged = device.type in device_memory.EXCHANGED and self._guard is None
-        return DeviceBlocks(device) if exchanged else None
+        return blocks_of(device) if exchanged else None
 
     def wait(self) -> None:
         """Block until the server stops."""

@@ -50,10 +50,13 @@ class Memories:
 
     def give_block(self, question: Json) -> Json:
         """A block of the GPU's memory, in place of the one before, to a client that asks for it
-        between exchanges. Raises RequestRefused."""
+        between exchanges; for 0 bytes none. Raises RequestRefused, QuotaExceeded."""
         devices, num_bytes = question.get("devices"), question.get("bytes")
-        if not isinstance(devices, list) or type(num_bytes) is not int or num_bytes < 1:
+        if not isinstance(devices, list) or type(num_bytes) is not int or num_bytes < 0:
             raise RequestRefused("memory is asked for with the client's devices, and how much")
+        if num_bytes == 0:
+            self._take_block_back()
+            return {"device": None}
         if self._blocks is None or self._blocks.identity not in devices:
             raise RequestRefused("this executor exchanges through no device that the client sees")
         block = self._blocks.take(num_bytes)
@@ -68,11 +71,15 @@ class Memories:
             raise ProtocolError("an exchange with places, but no arena is attached")
         return arena
 
-    def close(self) -> None:
-        """The client has gone; idempotent. Who computes in the memory keeps it alive."""
+    def close(self, *, has_gone: bool) -> None:
+        """The connection ends, idempotent; because the client ``has_gone``? One that does not know
+        yet may still use its block, which is nobody else's then. Who computes in the memory keeps
+        it alive."""
         self._drop_descriptors()
         self._arena = None
-        self._take_block_back()
+        if has_gone:
+            self._take_block_back()
+        self._block = self._on_device = None
 
     def _drop_descriptors(self) -> None:
         _close(self._descriptors)

@@ -220,8 +220,14 @@ class RunFolder:
 
 def _locked(folder: Path) -> int:
     """A descriptor that holds ``folder`` until it is closed, or its process ends. Raises
-    SymbiosisError if somebody else holds it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    SymbiosisError if somebody else holds it, or it cannot be read."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise SymbiosisError(
+            f"{folder} cannot be read: {error.strerror}; choose another --out, or see to it that "
+            f"this user may"
+        ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -370,14 +370,16 @@ class AttachedArena:
     ) -> tuple[torch.Tensor, ...]:
         """Write the results into their places, where they are not there already; when it returns,
         they are there. Those that have none are returned."""
-        rest = []
+        rest, copied = [], False
         for number, result in enumerate(results):
             place = self.place(places, number, result.dtype, tuple(result.shape))
             if place is None:
                 rest.append(result)
             elif place.data_ptr() != result.data_ptr():
                 place.copy_(result)
-        device_memory.finish(self._storage.device)
+                copied = True
+        if copied:
+            device_memory.wait_for_stream(self._storage.device)
         return tuple(rest)
 
 

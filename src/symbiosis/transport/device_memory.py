@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
+import os
 import re
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,11 +92,17 @@ def share(block: torch.Tensor) -> Json:
     }
 
 
-def finish(device: torch.device) -> None:
-    """Until what this process has launched on a GPU is done. A kernel's failure shows here, as a
-    RuntimeError."""
+def wait_for_all(device: torch.device) -> None:
+    """Until all that this process has launched on a GPU is done. A kernel's failure shows here, as
+    a RuntimeError."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def wait_for_stream(device: torch.device) -> None:
+    """The same of the current stream."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def total_bytes(device: torch.device) -> int:
@@ -109,11 +118,12 @@ def identity(device: torch.device) -> str:
 
 
 def devices_like(device: torch.device) -> dict[str, torch.device]:
-    """Those of the same type that this process sees, by their `identity`."""
+    """It, and its peers, whose memory it reaches directly, by their `identity`."""
     if device.type != "cuda":
         return {identity(device): device}
     found = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
-    return {identity(each): each for each in found}
+    reaches = torch.cuda.can_device_access_peer
+    return {identity(each): each for each in found if each == device or reaches(device, each)}
 
 
 def is_on(shared: Json, device: torch.device) -> bool:
@@ -139,7 +149,20 @@ def attach(shared: Json, device: torch.device) -> torch.Tensor:
         raise ProtocolError(
             f"the executor shares memory of a device in a way that makes no sense: {error!r}"
         ) from None
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    block = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+    _attached.append(weakref.ref(block, _attached.remove))
+    _watch_forks()
+    return block
+
+
+_attached: list[weakref.ref[torch.Tensor]] = []
+_of_parent: list[torch.Tensor | None] = []
+
+
+@functools.cache
+def _watch_forks() -> None:
+    """A forked child cannot use CUDA, not even to let go of what its parent had attached."""
+    os.register_at_fork(after_in_child=lambda: _of_parent.extend(each() for each in _attached))
 
 
 def _opened(shared: dict[str, Any], device: torch.device, num_bytes: int) -> torch.UntypedStorage:

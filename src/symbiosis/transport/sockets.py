@@ -7,6 +7,7 @@ memory that both have mapped (`arena`), or that of a GPU in some of it (`device_
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -21,6 +22,7 @@ from symbiosis.errors import (
     ConnectionLost,
     InvalidInput,
     ProtocolError,
+    QuotaExceeded,
     SymbiosisError,
     from_code,
 )
@@ -193,21 +195,25 @@ class SocketChannel:
         return laid, Kind.EXCHANGE if laid is None else Kind.PLACED
 
     def _ask_for_memory(self, device: torch.device, num_bytes: int) -> None:
-        """A block of the executor's device, if this process sees that too, in place of the one
-        before; where there is none, the one before stays, and no more is asked for."""
-        visible = device_memory.devices_like(device)
-        question: Json = {"get": "memory", "devices": list(visible), "bytes": num_bytes}
+        """A block of the executor's device, if this process can use that too, in place of the one
+        before. Of what is refused no more is asked for; the one before stays."""
         try:
+            visible = device_memory.devices_like(device)
+            question: Json = {"get": "memory", "devices": list(visible), "bytes": num_bytes}
             told, _ = self.request(question)
             self._on_device = None
             block = device_memory.attach(told, visible[str(told["device"])])
         except ConnectionLost:
             raise
+        except QuotaExceeded as error:
+            logger.info("%s: %s: they go through the host's memory", self._url, error)
+            self._most_on_device = num_bytes // 2
         except (SymbiosisError, KeyError, RuntimeError) as error:
             logger.info("%s: activations go through the host's memory: %s", self._url, error)
-            self._most_on_device = 0 if self._on_device is None else self._on_device.size_bytes
-            return
-        self._on_device = DeviceArena(block)
+            self._most_on_device, self._on_device = 0, None
+            self.request({"get": "memory", "devices": [], "bytes": 0})  # it was not attached
+        else:
+            self._on_device = DeviceArena(block)
 
     def request(self, question: Json) -> tuple[Json, torch.Tensor]:
         self._request += 1
@@ -225,6 +231,9 @@ class SocketChannel:
                 logger.warning("what %s lends is not taken, so it computes: %s", self._url, error)
 
     def close(self) -> None:
+        if self._on_device is not None:  # which goes to another client as soon as we have gone
+            with contextlib.suppress(RuntimeError):
+                self._on_device.finish()
         self._socket.close()
         if self._descriptor >= 0:
             os.close(self._descriptor)
