@@ -30,7 +30,9 @@ def run_jobs(
 def jobs(source: str, count: int, threads: int, checkpointing: bool = False) -> list[Worker]:
     """``count`` workers with an adapter each, ready to train."""
     passive = "://" in source or count > 1
-    workers = [Worker(source, threads=threads, passive=passive, seed=i) for i in range(count)]
+    workers = [
+        Worker(source, threads=threads, passive=passive, seed=i, trains=True) for i in range(count)
+    ]
     for worker in workers:
         worker.ready().run(do="adapt", method="lora", checkpointing=checkpointing)
     return workers

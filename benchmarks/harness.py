@@ -24,6 +24,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from symbiosis.cli.console import openmp
+
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "build" / "bench-models"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -116,15 +118,15 @@ def chosen_model(options: argparse.Namespace) -> Chosen:
     return Chosen(folder, title, suffix, ())
 
 
-def environment(*, passive: bool, ours: bool = False) -> dict[str, str]:
+def environment(*, passive: bool, command: str | None = None) -> dict[str, str]:
     """The environment of a measured process. ``passive``: OpenMP threads sleep while they wait,
-    which processes that share cores need; ``ours``: as the `symbiosis` command arranges it."""
+    which processes that share cores need; and as that `symbiosis` ``command`` arranges it."""
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TOKENIZERS_PARALLELISM": "false"}
     env.pop("OMP_WAIT_POLICY", None)
     if passive:
         env["OMP_WAIT_POLICY"] = "passive"
-    if passive and ours:
-        env.setdefault("GOMP_SPINCOUNT", "100000")
+    if passive and command is not None:
+        env = {**openmp(command), **env}
     return env
 
 
@@ -186,12 +188,15 @@ class Worker(Process):
         threads: int,
         passive: bool,
         seed: int = 0,
+        trains: bool = False,
         privacy: dict[str, Any] | None = None,
     ) -> None:
-        """``model``: a folder (the whole model in that process) or an executor's URL;
+        """``model``: a folder (the whole model in that process) or an executor's URL; with it the
+        process is as `symbiosis finetune` if it ``trains``, else as `symbiosis generate`.
         ``privacy``: options of a `symbiosis.Privacy`."""
         arguments = [sys.executable, str(WORKER), model, str(threads), str(seed)]
-        env = environment(passive=passive, ours="://" in model)
+        command = "finetune" if trains else "generate"
+        env = environment(passive=passive, command=command if "://" in model else None)
         super().__init__([*arguments, json.dumps(privacy or {})], env)
 
 
@@ -219,7 +224,7 @@ def executor(model: Path, *options: str) -> Iterator[Served]:
                 ],
                 stdout=sink,
                 stderr=sink,
-                env=environment(passive=True, ours=True),
+                env=environment(passive=True, command="serve"),
             )
         try:
             yield Served(unix, _tcp_url(process, log), process.pid)

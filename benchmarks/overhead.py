@@ -70,10 +70,11 @@ def main() -> None:
     with executor(model, *serve) as served:
         whole = Worker(str(model), threads=threads, passive=False).ready()
         for transport in options.transports:
-            split = Worker(getattr(served, transport), threads=threads, passive=True).ready()
+            url = getattr(served, transport)
             for name in options.units:
-                unit = UNITS[name]
-                if name == "training":
+                unit, trains = UNITS[name], name == "training"
+                split = Worker(url, threads=threads, passive=True, trains=trains).ready()
+                if trains:
                     split.run(do="adapt", method="lora")
                     if transport == options.transports[0]:
                         whole.run(do="adapt", method="lora")
@@ -87,7 +88,7 @@ def main() -> None:
                     f"{row['megabytes_per_unit']:.0f} MB",
                     flush=True,
                 )
-            split.close()
+                split.close()
         whole.close()
     save("overhead" + suffix, result)
 

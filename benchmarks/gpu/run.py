@@ -737,7 +737,7 @@ def _borrower(url: str, bench: Bench) -> Process:
     """A process that borrows the base, and does as it is told; see `borrow`."""
     stand_in = ["--stand-in"] if bench.sizes.stand_in else []
     command = [sys.executable, __file__, "--device", str(bench.device), *stand_in]
-    return Process([*command, "--borrower", url], environment(passive=True, ours=True))
+    return Process([*command, "--borrower", url], environment(passive=True, command="generate"))
 
 
 def _rate(borrowers: list[Process], kind: str) -> float:

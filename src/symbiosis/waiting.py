@@ -21,6 +21,7 @@ import torch
 _lock = threading.Lock()
 _end: threading.Event | None = None  # of the threads that keep the others asleep
 _MOST_TEAMS = 8
+_BRIEF_SPINS = 30_000
 
 
 def sleep_at_once(sleep: bool) -> None:
@@ -33,6 +34,12 @@ def sleep_at_once(sleep: bool) -> None:
         elif not sleep and _end is not None:
             _end.set()
             _end = None
+
+
+def waits_briefly() -> bool:
+    """Do this process's threads stay awake for a millisecond at most?"""
+    spins = os.environ.get("GOMP_SPINCOUNT", "")
+    return spins.isdecimal() and int(spins) <= _BRIEF_SPINS
 
 
 def _teams_needed() -> int:

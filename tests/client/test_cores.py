@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """What threads are told."""
+    """What threads are told, which stay awake briefly where they do."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", "10000")
     found: list[bool] = []
     monkeypatch.setattr(cores, "sleep_at_once", found.append)
     return found
@@ -44,6 +45,18 @@ def test_they_sleep_unless_a_client_trains_alone(said: list[bool]) -> None:
     assert looked(16.5, each=1_000_000) == [], "once a second"
     assert looked(18.0, each=1_000_000) == [False]
     assert looked(20.0, each=3072, count=7) == [], "too few to say anything"
+
+
+@pytest.mark.parametrize("spins", ["", "100000", "INFINITY"])
+def test_threads_that_would_stay_awake_for_long_sleep(
+    said: list[bool], monkeypatch: pytest.MonkeyPatch, spins: str
+) -> None:
+    """Far into the exchange, they would take the executor's cores."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", spins)
+    counters, looks = Counters(), Cores()
+    counters.exchanges, counters.bytes_sent = 100, 100_000_000
+    looks.look(counters, 10.0, False)
+    assert said == [True, True]
 
 
 @pytest.mark.parametrize("lend", [False, True])

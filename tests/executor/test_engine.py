@@ -287,6 +287,32 @@ def test_who_is_at_work_is_announced() -> None:
     assert seen() == 0
 
 
+def test_threads_stay_awake_for_a_lone_decoder(
+    engine: Engine, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who sends many rows has work of its own, for which it wants the cores. A client of this
+    process has them anyway."""
+    said: list[bool] = []
+    monkeypatch.setattr("symbiosis.executor.engine.sleep_at_once", said.append)
+    first, second, here = (engine.add_client(x, x) for x in ("unix", "tcp", "inproc"))
+
+    def sent(client: int, rows: int) -> list[bool]:
+        said.clear()
+        submit_and_run(engine, client, linear(weights, torch.randn(rows, 32)))
+        return list(said)
+
+    assert sent(first, 1) == sent(first, 32) == []
+    assert sent(first, 33) == [True]
+    assert sent(first, 400) == sent(here, 1) == []
+    assert sent(first, 2) == [False]
+    assert sent(here, 400) == []
+    sent(second, 1)
+    engine.look_at_company()
+    assert said == [True]
+    assert sent(first, 100) == [True]
+    assert sent(second, 1) == [True], "others are at work"
+
+
 def test_clients_are_told_whether_others_are_at_work(engine: Engine, weights: Weights) -> None:
     first, second = client_of(engine), client_of(engine)
 

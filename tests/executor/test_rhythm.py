@@ -111,12 +111,25 @@ def test_recent_is_a_sliding_window(values: list[float], size: int) -> None:
 
 
 def test_what_follows_in_the_executor_is_a_step_of_the_token_but_no_gap() -> None:
-    """A chain of a, b and c, each computed for 1 s, and then a gap of 4 s."""
+    """A chain of a, b and c, each computed for 1/8 s, and then a gap of 1/2 s."""
     rhythm, now_s = Rhythm(), 0.0
     for key in "Eabc" * 5 + "Eab":
         rhythm.arrived(key, key.isupper(), now_s, -math.inf, walks=key in "bc")
-        rhythm.answered(1.0, now_s + 1.0)
-        now_s += 1.0 if key in "ab" else 5.0
+        rhythm.answered(0.125, now_s + 0.125)
+        now_s += 0.125 if key in "ab" else 0.625
     assert rhythm.regular
     assert [rhythm.steps_to(key) for key in "cEab"] == [0, 1, 2, 3]
-    assert rhythm.late_s == now_s + LATE * 4.0
+    assert rhythm.late_s == now_s + LATE * 0.5
+
+
+def test_an_absence_is_no_gap() -> None:
+    """Somebody who asks for a few tokens every minute is late soon after the last of them."""
+    rhythm = Rhythm()
+    for minute in range(8):
+        play(rhythm, "Eabc" * 5, 60.0 * minute, gap_s=0.25)
+        answered_s = rhythm.answered_s
+        assert answered_s is not None
+        assert rhythm.late_s == answered_s + LATE * 0.25
+    assert rhythm.regular
+    play(rhythm, "Eab", 600.0)
+    assert not rhythm.regular

@@ -47,13 +47,14 @@ def _version(wanted: bool) -> None:
 
 @app.callback(help=ABOUT)
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
     ] = False,
 ) -> None:
     """What goes before every command."""
     console.configure_logging()
-    console.share_cores()
+    console.share_cores(context.invoked_subcommand)
 
 
 SERVE_EXAMPLES = console.examples(

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 Reply = Callable[[Result | SymbiosisError], None]
 """Called exactly once per submitted exchange, by the thread that computed it."""
 
+_MOST_DECODED_ROWS = 32
+"""Of a batch; one with more is for who trains or reads a prompt."""
+
 _FAILURES = (RuntimeError, MemoryError, ValueError, IndexError, TypeError)
 
 
@@ -66,6 +69,7 @@ class Engine:
         self._company = walks.Company()
         self._counted: dict[int, int] = {}  # exchanges by client, at the last look
         self._shared = False  # was more than one at work then?
+        self._large = False  # was the last batch of a client in another process one?
         self._processes = Processes()  # of clients that were lent weights
         self._request_ids = itertools.count(1)
         self._client_ids = itertools.count(1)
@@ -177,7 +181,7 @@ class Engine:
 
     def look_at_company(self) -> None:
         """To be called about once a second. With one client at work the device's threads stay
-        awake for its next exchange; with more, they leave the cores to them. Clients are told
+        awake for its next exchange, if it decodes; more than one want the cores. Clients are told
         with their results, or by the memory that is lent. Of those that were lent weights, each
         process that uses the processor is at work."""
         with self._queue_lock:
@@ -190,9 +194,19 @@ class Engine:
         unknown = list(lent.values()).count(None)
         at_work = len(working - lent.keys()) + len(working_pids) + unknown
         self._shared = at_work > 1
-        sleep_at_once(self._shared)
+        sleep_at_once(self._shared or self._large)
         if self.weights.lender is not None:
             self.weights.lender.announce(at_work)
+
+    def _leave_cores(self, batch: Batch) -> None:
+        """Who trains or reads a prompt wants them now, for work of its own until it asks again."""
+        client = self.stats.clients.get(batch.requests[0].client)
+        if client is None or client.transport == "inproc":
+            return
+        large = batch.rows > _MOST_DECODED_ROWS
+        if large is not self._large:
+            self._large = large
+            sleep_at_once(self._shared or large)
 
     @property
     def waiting(self) -> bool:
@@ -247,6 +261,7 @@ class Engine:
                 answer = self._result(found, request.arrived_s, now_s, spent_s, len(pendings))
                 self._answer(request, answer)
         self._account(chosen, pendings, [request.id for request, _ in walking], started_s, now_s)
+        self._leave_cores(chosen)
         if walking:
             self._walk_on(walking, now_s)
 

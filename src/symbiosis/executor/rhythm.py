@@ -20,6 +20,9 @@ LATE = 3.0
 it until it comes. One that was late by a whole token is not regular: nobody waits for it until it
 has gone through a token again."""
 
+AWAY_S = 1.0
+"""A longer gap is no part of a rhythm: somebody reads an answer, or has nothing to ask."""
+
 _LONGEST_TOKEN = 4096  # exchanges that are remembered; a client cannot make the table grow
 
 
@@ -149,6 +152,8 @@ class Rhythm:
         gaps = self._pause if self.at_start else self._gap
         if least_s < 0:
             least_s = gap_s
-        if self.regular and least_s > max(LATE * gaps.most, self.work_s.typical):
+        was_away = least_s > AWAY_S
+        if self.regular and (was_away or least_s > max(LATE * gaps.most, self.work_s.typical)):
             self.regular, self._stalled = False, not self.at_start
-        gaps.add(max(least_s, min(gap_s, gaps.most or gap_s)))
+        if not was_away:
+            gaps.add(max(least_s, min(gap_s, gaps.most or gap_s)))
