@@ -68,16 +68,15 @@ def main() -> None:
     model, title, suffix, serve = chosen_model(options)
     result: dict[str, Any] = {"model": title, "rounds": options.rounds}
     with executor(model, *serve) as served:
-        whole = Worker(str(model), threads=threads, passive=False).ready()
         for transport in options.transports:
+            whole = Worker(str(model), threads=threads, passive=False).ready()
             url = getattr(served, transport)
             for name in options.units:
                 unit, trains = UNITS[name], name == "training"
                 split = Worker(url, threads=threads, passive=True, trains=trains).ready()
                 if trains:
-                    split.run(do="adapt", method="lora")
-                    if transport == options.transports[0]:
-                        whole.run(do="adapt", method="lora")
+                    for worker in (split, whole):
+                        worker.run(do="adapt", method="lora")
                 row = measure(whole, split, unit, options.rounds)
                 result[f"{transport}/{name}"] = row
                 print(
@@ -89,7 +88,7 @@ def main() -> None:
                     flush=True,
                 )
                 split.close()
-        whole.close()
+            whole.close()
     save("overhead" + suffix, result)
 
 

@@ -14,11 +14,14 @@ KEYS = "Eabcdefg"
 
 class Scene:
     """A decoder whose products and gaps take 1 s each, and a trainer that always waits with a
-    request of ``rows`` at ``row_s`` each."""
+    request of ``rows`` at ``row_s`` each. The decoder pauses for ``pause_s`` after ``burst``
+    tokens."""
 
-    def __init__(self, share: float, rows: int, row_s: float, pause_s: float = 1.0) -> None:
+    def __init__(
+        self, share: float, rows: int, row_s: float, pause_s: float = 1.0, burst: int = 1
+    ) -> None:
         self.scheduler = Scheduler("align", training_share=share)
-        self.rows, self.row_s, self.pause_s = rows, row_s, pause_s
+        self.rows, self.row_s, self.pause_s, self.burst = rows, row_s, pause_s, burst
         self.now_s = self.decoder_at_s = 0.0
         self.sent = 0
         self.waits_s: list[float] = []
@@ -75,7 +78,7 @@ class Scene:
                 self.train()
         else:
             self._decoding = False
-            ends = self.sent % len(KEYS) == 0
+            ends = self.sent % (self.burst * len(KEYS)) == 0
             self.decoder_at_s = self.now_s + (self.pause_s if ends else 1.0)
 
 
@@ -102,6 +105,15 @@ def test_it_runs_between_the_tokens_of_a_reader() -> None:
     scene.run(3000)
     idle = 60 / (60 + 15)
     assert scene.spent_s[Priority.TRAINING] / 2700 > 0.8 * idle
+
+
+def test_nobody_waits_for_who_is_away() -> None:
+    """Five tokens, and then nothing for ten minutes, again and again."""
+    scene = Scene(share=0.0, rows=512, row_s=1 / 64, pause_s=600.0, burst=5).run(3000)
+    scene.train()
+    scene.run(10_000)
+    idle = 600 / (600 + 5 * 16)
+    assert scene.spent_s[Priority.TRAINING] / 7000 > 0.9 * idle
 
 
 def test_a_decoder_waits_for_one_piece_at_most() -> None:
