@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 import tiny
 from faulty_proxy import FAULTS, FaultyProxy
@@ -17,13 +16,6 @@ from symbiosis.errors import ConnectionFailed, ConnectionLost, ProtocolError
 pytestmark = pytest.mark.timeout(120)
 
 Serve = Callable[..., tuple[Executor, str]]
-
-
-def step(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Loss, and gradients of the norms, which are the client's own."""
-    norms = [p.requires_grad_() for name, p in model.named_parameters() if "norm" in name]
-    loss = model(ids, labels=ids).loss
-    return [loss.detach(), *torch.autograd.grad(loss, norms)]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -38,7 +30,7 @@ def test_the_numbers_are_those_of_an_undisturbed_run(serve: Serve, fault: str) -
         proxy.harm((fault,), rate)
         for seed in range(500):
             ids = tiny.tokens(4, 32, seed)
-            for ours, theirs in zip(step(model, ids), step(local, ids), strict=True):
+            for ours, theirs in zip(tiny.step(model, ids), tiny.step(local, ids), strict=True):
                 assert torch.equal(ours, theirs)
             if proxy.done[fault] >= wanted_faults and seed >= 3:
                 break

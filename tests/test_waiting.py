@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+from symbiosis.cli import console
+from symbiosis.waiting import waits_briefly
+
 PROGRAM = """
 import os, sys
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
@@ -58,3 +61,15 @@ def test_teams_come_and_go(threads: int, further: int) -> None:
         check=False,
     )
     assert found.stdout == "as it should be\n", found.stderr
+
+
+@pytest.mark.parametrize("command", ["finetune", "generate", "serve", None])
+def test_a_trainer_s_threads_wait_briefly(
+    command: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    console.share_cores(command)
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+    assert waits_briefly() is (command == "finetune")

@@ -131,3 +131,12 @@ def _filled(cls: type[PreTrainedModel], config: object, seed: int) -> PreTrained
             elif parameter.dim() == 3:
                 parameter.normal_(std=0.1)
     return model.eval()
+
+
+def step(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Loss and gradients of the norms, which are the client's own."""
+    norms = [p for name, p in model.named_parameters() if "norm" in name or "ln_" in name]
+    for norm in norms:
+        norm.requires_grad_(True)
+    loss = model(ids, labels=ids).loss
+    return [loss.detach(), *torch.autograd.grad(loss, norms)]

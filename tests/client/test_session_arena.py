@@ -31,15 +31,6 @@ def over_the_socket(session: Session) -> int:
     return int(client["bytes_in"] + client["bytes_out"])
 
 
-def step(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Loss and gradients of the norms, which are the client's own."""
-    norms = [p for name, p in model.named_parameters() if "norm" in name or "ln_" in name]
-    for norm in norms:
-        norm.requires_grad_(True)
-    loss = model(ids, labels=ids).loss
-    return [loss.detach(), *torch.autograd.grad(loss, norms)]
-
-
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2, tiny.mixtral, tiny.llama_with_biases])
 def test_training_is_the_same_bit_for_bit_and_crosses_no_socket(
     serve: Serve, build: Callable[[], PreTrainedModel]
@@ -51,7 +42,7 @@ def test_training_is_the_same_bit_for_bit_and_crosses_no_socket(
         model = session.model().eval()
         for _ in range(3):  # the first time results have no room
             before = session.stats(), over_the_socket(session)
-            for ours, theirs in zip(step(model, ids), step(local, ids), strict=True):
+            for ours, theirs in zip(tiny.step(model, ids), tiny.step(local, ids), strict=True):
                 assert torch.equal(ours, theirs)
             after = session.stats(), over_the_socket(session)
         moved = sum(

@@ -75,15 +75,6 @@ def blocks() -> DeviceBlocks:
     return blocks_of(torch.device("cpu"))
 
 
-def step(model: PreTrainedModel, ids: torch.Tensor) -> list[torch.Tensor]:
-    """Loss and gradients of the norms, which are the client's own."""
-    norms = [p for name, p in model.named_parameters() if "norm" in name or "ln_" in name]
-    for norm in norms:
-        norm.requires_grad_(True)
-    loss = model(ids, labels=ids).loss
-    return [loss.detach(), *torch.autograd.grad(loss, norms)]
-
-
 @pytest.mark.parametrize("build", [tiny.llama, tiny.gpt2, tiny.mixtral, tiny.llama_with_biases])
 def test_training_is_the_same_bit_for_bit_and_crosses_no_socket(
     serve: Serve, frames: list[Kind], build: Callable[[], PreTrainedModel]
@@ -95,7 +86,7 @@ def test_training_is_the_same_bit_for_bit_and_crosses_no_socket(
         model = session.model().eval()
         for _ in range(3):  # the first time results have no room
             frames.clear()
-            for ours, theirs in zip(step(model, ids), step(local, ids), strict=True):
+            for ours, theirs in zip(tiny.step(model, ids), tiny.step(local, ids), strict=True):
                 assert torch.equal(ours, theirs)
         assert set(frames) == {Kind.ON_DEVICE}
         (client,) = session.executor_stats()["clients"].values()

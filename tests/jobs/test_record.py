@@ -84,6 +84,15 @@ def test_what_can_be_resumed(tmp_path: Path) -> None:
         folder.check(resume=True, overwrite=False)
 
 
+def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object, flags: int) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("symbiosis.jobs.record.os.open", refuse)
+    with pytest.raises(SymbiosisError, match="cannot be read: Permission denied"):
+        RunFolder(tmp_path).check(resume=False, overwrite=False)
+
+
 @pytest.mark.parametrize("again", [{"overwrite": True}, {"resume": True}])
 def test_two_processes_do_not_work_in_one_folder(tmp_path: Path, again: dict[str, bool]) -> None:
     """In either order: who comes later is told at once, or when both are about to begin."""

@@ -356,7 +356,7 @@ class Connection:
             exchange, plan, _ = admission.admit(meta, payload_bytes)
             placed = None
         else:
-            size = self._memories.of(kind).size_bytes
+            size = self._memories.of(kind).size_bytes  # no name for it, lest a refusal keeps it
             exchange, plan, places = admission.admit_placed(meta, payload_bytes, size)
             placed = self._memories.of(kind), places
         if self._masked:

@@ -205,7 +205,7 @@ class Weights:
     def wait(self) -> None:
         """Until what this thread computes with them on their GPU is there. A kernel's failure shows
         here, as a RuntimeError."""
-        torch.cuda.current_stream(self.device).synchronize()
+        device_memory.wait_for_stream(self.device)
 
     def view(self, weight_id: int, recipe: Recipe) -> torch.Tensor:
         """The weight as the recipe looks at it; raises UnknownWeight, InvalidInput.

@@ -182,21 +182,23 @@ class SocketChannel:
         """Where an exchange's tensors lie, if not in the frame, and the kind that says so."""
         laid = None
         if tensors[0].device.type in device_memory.EXCHANGED:
-            needed = bytes_needed(specs, expected)
-            present = 0 if self._on_device is None else self._on_device.size_bytes
-            if present < needed <= self._most_on_device:
-                self._ask_for_memory(tensors[0].device, needed)
             if self._on_device is not None:
                 laid = self._on_device.lay_out(tensors, specs, expected)
-                if laid is not None:
-                    return laid, Kind.ON_DEVICE
+            if laid is None and self._has_grown(tensors[0].device, bytes_needed(specs, expected)):
+                assert self._on_device is not None
+                laid = self._on_device.lay_out(tensors, specs, expected)
+            if laid is not None:
+                return laid, Kind.ON_DEVICE
         if self._arena is not None:
             laid = self._arena.lay_out(tensors, specs, expected)
         return laid, Kind.EXCHANGE if laid is None else Kind.PLACED
 
-    def _ask_for_memory(self, device: torch.device, num_bytes: int) -> None:
-        """A block of the executor's device, if this process can use that too, in place of the one
-        before. Of what is refused no more is asked for; the one before stays."""
+    def _has_grown(self, device: torch.device, num_bytes: int) -> bool:
+        """Ask for a larger block of the executor's device, if this process can use that too, in
+        place of the one before. Of what is refused no more is asked for; the one before stays."""
+        present = 0 if self._on_device is None else self._on_device.size_bytes
+        if not present < num_bytes <= self._most_on_device:
+            return False
         try:
             visible = device_memory.devices_like(device)
             question: Json = {"get": "memory", "devices": list(visible), "bytes": num_bytes}
@@ -214,6 +216,8 @@ class SocketChannel:
             self.request({"get": "memory", "devices": [], "bytes": 0})  # it was not attached
         else:
             self._on_device = DeviceArena(block)
+            return True
+        return False
 
     def request(self, question: Json) -> tuple[Json, torch.Tensor]:
         self._request += 1
