@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 import tiny
@@ -92,8 +93,18 @@ def lora(targets: list[str]) -> LoraConfig:
 
 METHODS = {
     "lora on q and v": (lambda: lora(["q_proj", "v_proj"]), 3),
-    "lora on o": (lambda: lora(["o_proj"]), 7),  # the MLP's input is known to the client alone
-    "lora on everything": (lambda: lora(["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]), 9),
+    "lora on o": (lambda: lora(["o_proj"]), 3),  # what it adds is sent along
+    "lora on up": (lambda: lora(["up_proj"]), 5),  # follows from what the executor computes
+    "lora on everything": (lambda: lora(["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]), 5),
+    "rank-stabilised": (
+        lambda: LoraConfig(r=4, use_rslora=True, target_modules="all-linear", lora_bias=True),
+        5,
+    ),
+    "dora": (lambda: LoraConfig(r=4, use_dora=True, target_modules=["o_proj"]), 7),  # reads weights
+    "loha": (
+        lambda: LoHaConfig(r=2, target_modules=["o_proj"], init_weights=False),
+        7,
+    ),  # made anew
     "ia3": (lambda: IA3Config(task_type="CAUSAL_LM", init_ia3_weights=False), 5),
     "prefix": (lambda: PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), 3),
 }
@@ -153,6 +164,73 @@ def test_another_adapter_is_noticed_at_once(base: Session) -> None:
     assert torch.equal(decode(adapted[1], 12), decode(adapted[0], 12))
     with adapted[0].disable_adapter(), adapted[1].disable_adapter():
         assert torch.equal(decode(adapted[1], 12), decode(adapted[0], 12))
+
+
+def adapted_pair(base: Session, config: LoraConfig) -> tuple[PeftModel, PeftModel]:
+    """The same adapter on the whole model and on the split one."""
+    pair = []
+    for model in (tiny.llama(), base.model()):
+        torch.manual_seed(7)
+        pair.append(get_peft_model(model, config).eval())
+    return pair[0], pair[1]
+
+
+def test_what_an_adapter_adds_is_computed_with_its_present_weights(base: Session) -> None:
+    """Trained in place, replaced, switched and deleted while chains with it are known."""
+    local, remote = pair = adapted_pair(base, lora(["v_proj", "o_proj"]))
+    assert torch.equal(decode(remote, 12), decode(local, 12))
+    for model in pair:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.mul_(-2.0)
+    assert torch.equal(decode(remote, 12), decode(local, 12))
+    assert exchanges_per_token(base, remote) == 3
+    for model in pair:
+        torch.manual_seed(8)
+        model.add_adapter("other", lora(["v_proj", "o_proj"]))
+        model.set_adapter("other")
+    assert torch.equal(decode(remote, 20), decode(local, 20))
+    for model in pair:
+        model.set_adapter("default")
+        model.delete_adapter("other")
+        gc.collect()
+    assert torch.equal(decode(remote, 20), decode(local, 20))
+    assert exchanges_per_token(base, remote) == 3
+
+
+@torch.no_grad()
+def test_random_numbers_are_the_models_own(base: Session) -> None:
+    """With dropout at work, what an adapter adds is not computed twice: that would take numbers
+    from the model's stream."""
+    config = LoraConfig(r=4, lora_dropout=0.5, target_modules=["o_proj"], init_lora_weights=False)
+    local, remote = adapted_pair(base, config)
+    found = []
+    for model in (local, remote):
+        model.train()
+        torch.manual_seed(1)
+        ids = tiny.tokens(1, 5)
+        out, steps = model(ids, use_cache=True), []
+        for _ in range(12):
+            out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values)
+            steps.append(out.logits[:, -1])
+        found.append((torch.stack(steps), torch.rand(1)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@torch.no_grad()
+def test_an_input_is_watched_for_one_pass(base: Session) -> None:
+    """It is the model's own tensor, or its user's."""
+    model, ids = base.model(), tiny.tokens(1, 1)
+    embeddings = [tiny.llama().get_input_embeddings()(ids) for _ in range(8)]
+    q = model.model.layers[0].self_attn.q_proj
+    for x in embeddings:
+        q(x)
+        model(ids)
+    base.close()
+    assert {type(x) for x in embeddings} == {Tensor}
+    assert all(not vars(x) for x in embeddings)
 
 
 def test_a_trained_norm_is_noticed_at_once(base: Session) -> None:

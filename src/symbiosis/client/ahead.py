@@ -55,10 +55,11 @@ class Ahead:
         self.grouped = 0
         """Products answered along with another, without an exchange of their own."""
 
-    def product(self, member: Member, x: Tensor, recording: bool, send: Send) -> Tensor:
-        """A LINEAR, MATMUL or EMBEDDING of ``x``, contiguous, with a whole weight. ``recording``:
+    def product(self, member: Member, given: Tensor, recording: bool, send: Send) -> Tensor:
+        """A LINEAR, MATMUL or EMBEDDING of what is ``given``, with a whole weight. ``recording``:
         gradients are recorded, so that this is training, where nothing is chained; nor is it where
         comparing a chain's inputs would make the host wait for a GPU, and an exchange would not."""
+        x = given.detach().contiguous()
         if x.nbytes > MAX_INPUT_BYTES or recording or (self._in_process and x.is_cuda):
             return self.together(member, plain(x), recording, send)
         chains = self._chains_for(x.numel() // (1 if member[0] is Op.EMBEDDING else x.shape[-1]))
@@ -69,7 +70,7 @@ class Ahead:
             result = self._asked(chains, *asked, send)
         if result is None:
             result = self.together(member, plain(x), False, send)
-        return chains.observe(member, x, result)
+        return chains.observe(member, x, given, result)
 
     def _asked(
         self, chains: Chains, ask: Ask, tensors: tuple[Tensor, ...], send: Send

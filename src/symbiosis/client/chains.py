@@ -4,6 +4,8 @@ Between two products a model often does nothing but arithmetic that the executor
 a residual sum, a norm, an activation function. After two equal passes (tokens), one pass is
 traced; where the input of the next product follows from earlier results, products are linked to
 a chain. From then on the first product of a chain asks for all of it, and the answers wait.
+What an adapter adds to the first product is computed ahead as well, and sent along; the model
+computes it again when it comes there.
 
 Nothing is ever taken on trust: the answer to a later product comes with the input that the
 executor computed it for, and it is used only if the model's own input has the same bits. So an
@@ -78,8 +80,17 @@ class Chains:
             return None
         if self._answers:  # the last chain was not used up
             self._missed()
+        values = self._kept
+        if ask.calls:
+            values = {**self._kept, ask.sent: x}
+            try:
+                for node, call in ask.calls:
+                    values[node] = call.again(values)
+            except Exception:  # noqa: BLE001 (an adapter was deleted: it is no more than a guess)
+                self._missed()
+                return None
         try:
-            return ask, (x, *[self._kept[node] for node in ask.takes])
+            return ask, (x, *[values[node] for node in ask.takes])
         except KeyError:
             return None
 
@@ -98,8 +109,9 @@ class Chains:
             self._kept[node] = inputs[index]
         return _shaped(parts[first.result], first.member, x)
 
-    def observe(self, member: Member, x: Tensor, result: Tensor) -> Tensor:
-        """A product was answered; the result to hand on (watched, in a pass that is traced)."""
+    def observe(self, member: Member, x: Tensor, given: Tensor, result: Tensor) -> Tensor:
+        """A product was answered; the result to hand on (watched, in a pass that is traced).
+        ``given``: the input as the model holds it."""
         if self._asks:  # nothing to learn
             return result
         if self._pass and member == self._pass[0]:
@@ -110,7 +122,7 @@ class Chains:
         self._seen.add(member)
         if self._trace is None:
             return result
-        return self._traced(self._trace, member, x, result)
+        return self._traced(self._trace, member, x, given, result)
 
     @property
     def _begun_by_lookup(self) -> bool:
@@ -146,7 +158,8 @@ class Chains:
 
     def _pass_ended(self) -> None:
         if self._trace is not None:
-            self._asks = link(self._trace.nodes, self._events)
+            calls = {node: call for node, call in self._trace.calls.items() if call.is_lasting}
+            self._asks = link(self._trace.nodes, self._events, calls)
             logger.debug("learned %d chains", len(self._asks))
             if not self._asks:
                 self._pause = min(2 * self._pause, _LONGEST_PAUSE)
@@ -166,10 +179,14 @@ class Chains:
         self._events = []
         self._outside = {}
 
-    def _traced(self, trace: Trace, member: Member, x: Tensor, result: Tensor) -> Tensor:
+    def _traced(
+        self, trace: Trace, member: Member, x: Tensor, given: Tensor, result: Tensor
+    ) -> Tensor:
         node = trace.node_of(x)
         if node is None:
             node = self._outside_node(trace, plain(x))
+            if x.is_floating_point():
+                trace.follow(given, node)
         watched = trace.watch(result)
         self._events.append(Event(start_of(member, x), node, len(trace.nodes) - 1))
         # The pass's last result (logits) leaves the model: nobody need watch it.

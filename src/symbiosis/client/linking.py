@@ -2,19 +2,22 @@
 
 A chain begins with a product whose input comes from outside (attention, an adapter, token ids).
 A later product joins it when its input is arithmetic on results of this chain, on shipped
-vectors, and on values of earlier chains; those are returned by the one and sent to the other
-(the residual stream), since the executor keeps nothing. Pure: nodes in, chains out.
+vectors, on values of earlier chains, and on what the client can compute beforehand. Values of
+earlier chains are returned by the one and sent to the other (the residual stream), since the
+executor keeps nothing; what an adapter adds to the chain's first product (its LoRA) is computed
+when the chain is asked for, and sent along. Pure: nodes in, chains out.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from symbiosis.client.trace import Node
+from symbiosis.client.trace import Call, Node
 from symbiosis.wire.chain import MAX_STEPS, PRODUCTS, Chain, Instruction, Step, pack_chain
 from symbiosis.wire.exchange import Op
 from symbiosis.wire.views import Recipe
@@ -55,16 +58,18 @@ class Answer(NamedTuple):
 
 
 class Ask(NamedTuple):
-    """A chain as it is sent: the input of its first product, then values of earlier chains."""
+    """A chain as it is sent: the input of its first product, then further values."""
 
     weights: tuple[int, ...]
     biases: tuple[int, ...]
     params: tuple[int, ...]
-    takes: tuple[int, ...]  # nodes that earlier chains of the pass returned
+    takes: tuple[int, ...]  # nodes that earlier chains of the pass returned, or from `calls`
     answers: tuple[Answer, ...]
     keeps: tuple[tuple[int, int], ...]  # (node, index of an output or `SENT`) for later chains
     copied: tuple[int, ...]  # outputs (or `SENT`) that the model holds and that are compared with
     widths: tuple[int, ...]  # of the outputs, which come side by side as one tensor
+    sent: int  # the node of the input that is sent
+    calls: tuple[tuple[int, Call], ...]  # nodes that the client computes from it, in order
 
 
 def start_of(member: Member, x: Tensor) -> Start:
@@ -72,16 +77,22 @@ def start_of(member: Member, x: Tensor) -> Start:
     return member, x.shape, x.dtype, x.device
 
 
-def link(nodes: list[Node], events: list[Event]) -> dict[Start, Ask]:
+def link(
+    nodes: list[Node], events: list[Event], calls: Mapping[int, Call] | None = None
+) -> dict[Start, Ask]:
     """The chains of a pass, by what they begin with. A product that neither begins nor joins one is
-    in none."""
+    in none. ``calls``: how the client computed nodes that have no step."""
+    calls = calls or {}
+    lost = _lost(nodes, events, calls)
+    nodes = [_outside(node) if number in lost else node for number, node in enumerate(nodes)]
+    calls = {number: call for number, call in calls.items() if number not in lost}
     segments = _segments(nodes, events)
-    homes = _homes(nodes, segments)
+    homes = _homes(nodes, segments, calls)
     wanted: list[set[int]] = [set() for _ in segments]  # nodes that later segments take
     asks = {}
     for index in reversed(range(len(segments))):
         segment = segments[index]
-        writer = _Writer(nodes, homes, index, segment)
+        writer = _Writer(nodes, homes, calls, index, segment)
         for node in sorted(writer.takes(wanted[index])):
             wanted[homes[node]].add(node)
         ask = writer.ask(sorted(wanted[index]))
@@ -90,6 +101,26 @@ def link(nodes: list[Node], events: list[Event]) -> dict[Start, Ask]:
         if ask is not None and useful and len(writer.steps) <= MAX_STEPS:
             asks[segment[0].start] = ask
     return dict(reversed(asks.items()))
+
+
+def _lost(nodes: list[Node], events: list[Event], calls: Mapping[int, Call]) -> set[int]:
+    """What cannot be computed again, since its call was not kept, and all that follows from it."""
+    results = {event.result for event in events}
+    lost: set[int] = set()
+    for number, node in enumerate(nodes):
+        if node.step is not None:
+            is_lost = not lost.isdisjoint(node.operands)
+        elif number in calls:
+            is_lost = not lost.isdisjoint(calls[number].nodes)
+        else:
+            is_lost = number not in results and not node.is_outside
+        if is_lost:
+            lost.add(number)
+    return lost
+
+
+def _outside(node: Node) -> Node:
+    return node._replace(step=None, args=(), is_outside=True)
 
 
 def _segments(nodes: list[Node], events: list[Event]) -> list[list[Event]]:
@@ -106,7 +137,7 @@ def _segments(nodes: list[Node], events: list[Event]) -> list[list[Event]]:
     return segments
 
 
-def _homes(nodes: list[Node], segments: list[list[Event]]) -> list[int]:
+def _homes(nodes: list[Node], segments: list[list[Event]], calls: Mapping[int, Call]) -> list[int]:
     """The segment in which each node can be computed first; -1: in any (a vector)."""
     of_result = {e.result: i for i, segment in enumerate(segments) for e in segment}
     of_input: dict[int, int] = {}
@@ -114,7 +145,9 @@ def _homes(nodes: list[Node], segments: list[list[Event]]) -> list[int]:
         of_input.setdefault(segment[0].input, i)
     homes: list[int] = []
     for number, node in enumerate(nodes):
-        if node.step is None:
+        if node.step is None and number in calls:
+            homes.append(homes[calls[number].of])
+        elif node.step is None:
             homes.append(of_result.get(number, of_input.get(number, -1)))
         elif node.step is Step.VECTOR:
             homes.append(-1)
@@ -127,10 +160,16 @@ class _Writer:
     """Writes down one segment as a chain."""
 
     def __init__(
-        self, nodes: list[Node], homes: list[int], index: int, segment: list[Event]
+        self,
+        nodes: list[Node],
+        homes: list[int],
+        calls: Mapping[int, Call],
+        index: int,
+        segment: list[Event],
     ) -> None:
         self._nodes = nodes
         self._homes = homes
+        self._calls = calls
         self._index = index
         self._segment = segment
         self.steps: list[Instruction] = []
@@ -139,14 +178,16 @@ class _Writer:
         self._weights: list[tuple[int, int]] = []
 
     def takes(self, wanted: set[int]) -> list[int]:
-        """The nodes of earlier segments that the chain needs; they become its next inputs."""
+        """The nodes of earlier segments that the chain needs; they become its next inputs, and
+        then what the client computes."""
         found: set[int] = set()
         for root in (*(event.input for event in self._segment), *wanted):
             self._collect(root, found)
-        self._takes = sorted(found)
+        earlier = sorted(node for node in found if self._homes[node] < self._index)
+        self._takes = earlier + sorted(found.difference(earlier))
         for node in self._takes:
             self._values[node] = len(self._values)
-        return self._takes
+        return earlier
 
     def ask(self, wanted: list[int]) -> Ask | None:
         """The chain that answers the segment's products and returns the ``wanted`` nodes."""
@@ -173,13 +214,34 @@ class _Writer:
         copied = tuple(held & compared)
         widths = tuple(self._nodes[node].width for node in order)
         return Ask(
-            weights, biases, pack_chain(chain), tuple(self._takes), answers, keeps, copied, widths
+            weights,
+            biases,
+            pack_chain(chain),
+            tuple(self._takes),
+            answers,
+            keeps,
+            copied,
+            widths,
+            self._segment[0].input,
+            self._computed_here(),
         )
+
+    def _computed_here(self) -> tuple[tuple[int, Call], ...]:
+        """What is taken and no earlier chain returns, after what that is computed from."""
+        needed = [node for node in self._takes if self._homes[node] == self._index]
+        calls: dict[int, Call] = {}
+        while needed:
+            node = needed.pop()
+            if node in self._calls and node not in calls:
+                calls[node] = self._calls[node]
+                needed += calls[node].nodes
+        return tuple(sorted(calls.items()))  # nodes are numbered as they came about
 
     def _collect(self, node: int, found: set[int]) -> None:
         if node in self._values:
             return
-        if 0 <= self._homes[node] < self._index:
+        is_earlier = 0 <= self._homes[node] < self._index
+        if is_earlier or (self._nodes[node].step is None and node in self._calls):
             found.add(node)
         else:
             for arg in self._nodes[node].operands:

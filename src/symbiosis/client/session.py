@@ -233,22 +233,23 @@ class Session:
         ``recording`` that gradients are recorded or computed, so that this is training (within an
         autograd function and in a backward pass torch says no).
         """
-        x = x.detach().contiguous()
         with self._lock:
             if forward and not recipe and not x.is_inference():  # those have no version
                 member = (op, weight, recipe, bias)
                 return self._ahead.product(member, x, recording, self._send_forward)
+            x = x.detach().contiguous()
             return self._exchange(
                 op, (weight,), (bias,), recipe, (), (plain(x),), forward, recording
             )[0]
 
     def lookup(self, ids: Tensor, weight: int, recipe: Recipe) -> Tensor:
         """EMBEDDING of ``ids`` (...) with a weight: (..., O)."""
-        ids, recording = ids.detach().contiguous(), torch.is_grad_enabled()
+        recording = torch.is_grad_enabled()
         with self._lock:
             if not recipe and not ids.is_inference():
                 member = (Op.EMBEDDING, weight, recipe, NO_BIAS)
                 return self._ahead.product(member, ids, recording, self._send_forward)
+            ids = ids.detach().contiguous()
             return self._exchange(
                 Op.EMBEDDING, (weight,), (NO_BIAS,), recipe, (), (ids,), True, recording
             )[0]

@@ -1,8 +1,10 @@
 """Watching what a model does with results until the next product: one pass, now and then.
 
 A result that is being watched is a `Traced` tensor: an ordinary tensor with ordinary numbers
-whose arithmetic is written down as the steps of a chain. What has no step (attention, an
-adapter's product) yields plain tensors, and with them the trail ends. No mode stays on, nothing
+whose arithmetic is written down as the steps of a chain. What has no step (attention) yields plain
+tensors, and with them the trail ends. The input of a product is watched, too, from then on: what
+follows from it alone (a LoRA's A and B) can be computed by the client before it asks for the
+product, and is written down as a `Call`. No mode stays on, nothing
 is executed twice, and a trail that is wrong costs time but never a number, because whoever uses
 it compares bits (`symbiosis.client.chains`).
 """
@@ -10,7 +12,8 @@ it compares bits (`symbiosis.client.chains`).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +25,51 @@ from symbiosis.wire.chain import CASTS, Step
 aten = torch.ops.aten
 
 
+class Here(NamedTuple):
+    """In place of an argument: the value of a node, in the shape that it had."""
+
+    node: int
+    shape: torch.Size
+
+
+class Call(NamedTuple):
+    """What the client computed from an input of a product, and can compute again."""
+
+    func: Callable[..., Tensor]
+    args: Any  # with `Here` in place of nodes, and weak references to other tensors
+    kwargs: Any
+    of: int  # the node that it follows from: an input from outside
+
+    @property
+    def nodes(self) -> set[int]:
+        """Those that it is computed from."""
+        return {part.node for part in _leaves((self.args, self.kwargs)) if type(part) is Here}
+
+    @property
+    def is_lasting(self) -> bool:
+        """Are its other tensors still there? (A parameter is; what a pass made is not.)"""
+        leaves = _leaves((self.args, self.kwargs))
+        return all(part() is not None for part in leaves if type(part) is weakref.ref)
+
+    def again(self, values: Mapping[int, Tensor]) -> Tensor:
+        """Its result, now. Raises KeyError if a tensor has gone, and what ``func`` does."""
+
+        def of(part: Any) -> Any:
+            if type(part) is Here:
+                return values[part.node].view(part.shape)
+            if type(part) is not weakref.ref:
+                return part
+            tensor = part()
+            if tensor is None:
+                raise KeyError("a tensor of an adapter")
+            return tensor
+
+        return self.func(*_mapped(of, self.args), **_mapped(of, self.kwargs))
+
+
 class Node(NamedTuple):
-    """How a value came about. ``step`` None: a product returned it, or it is from outside."""
+    """How a value came about. ``step`` None: a product returned it, it is from outside, or the
+    client computes it (`Trace.calls`)."""
 
     step: Step | None
     width: int  # of the last dimension
@@ -45,10 +91,13 @@ class Trace:
     def __init__(self, vectors: Callable[[Tensor], int]) -> None:
         """``vectors`` gives the id of a shipped vector that a tensor is, or 0."""
         self.nodes: list[Node] = []
+        self.calls: dict[int, Call] = {}  # by the node that each has made
         self.open = True
         self._vector_id = vectors
         self._known: dict[int, int] = {}  # id of a tensor → node
         self._kept: list[Tensor] = []  # so that no id is used twice
+        self._followed: list[Tensor] = []
+        self._repeatable = True  # all that the call under way does
         self._recorder = _Recorder(self)
 
     def watch(self, tensor: Tensor) -> Tensor:
@@ -59,6 +108,14 @@ class Trace:
         """A new node for a value whose trail is not known."""
         return self._add(tensor, None, is_outside=True)
 
+    def follow(self, tensor: Tensor, node: int) -> None:
+        """Watch a value from outside in the model's own hands, until `close`."""
+        if type(tensor) is Tensor:
+            tensor.__class__ = Traced
+            tensor._trace = self  # type: ignore[attr-defined]
+            self._known[id(tensor)] = node
+            self._followed.append(tensor)
+
     def node_of(self, tensor: Tensor) -> int | None:
         """The node that a tensor is, if its trail is known."""
         return self._known.get(id(tensor))
@@ -66,21 +123,32 @@ class Trace:
     def close(self) -> None:
         """The pass is over; tensors that are still around behave like plain ones."""
         self.open = False
+        for tensor in self._followed:
+            tensor.__class__ = Tensor
+            del tensor._trace  # type: ignore[attr-defined]
+        self._followed.clear()
         self._known.clear()
         self._kept.clear()
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run ``func`` and watch what comes out."""
+        before, self._repeatable = len(self.nodes), True
         with torch._C.DisableTorchFunctionSubclass(), self._recorder:
             out = func(*args, **kwargs)
-        if type(out) is Tensor:
-            node = self._known.get(id(out))
-            if node is not None:
-                return self._wrap(out, node)
-        return out
+        if type(out) is not Tensor:
+            return out
+        node = self._known.get(id(out))
+        if node is None or node >= before:
+            call = self._call(func, args, kwargs)
+            if call is not None:
+                node = self._add(out, None) if node is None else node
+                self.calls[node] = call
+        return out if node is None else self._wrap(out, node)
 
     def record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """An ATen operation ran: is its result a step, the same value, or beyond us?"""
+        if func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
+            self._repeatable = False
         if func._schema.is_mutable:
             for arg in args:
                 self._known.pop(id(arg), None)
@@ -92,6 +160,36 @@ class Trace:
         if node is not None:
             self._known[id(result)] = node
             self._kept.append(result)
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Call | None:
+        """What has just run, if it can be done again from one input of a product."""
+        if not self._repeatable:
+            return None
+        found: set[int] = set()
+
+        def noted(part: Any) -> Any:
+            if not isinstance(part, Tensor):
+                if not isinstance(part, _CONSTANT):
+                    raise _CannotRepeat
+                return part
+            node = self._known.get(id(part))
+            if node is None:
+                if type(part) is Traced:
+                    raise _CannotRepeat
+                return weakref.ref(part)
+            if node in self.calls:
+                found.add(self.calls[node].of)
+            elif self.nodes[node].is_outside:
+                found.add(node)
+            else:
+                raise _CannotRepeat
+            return Here(node, part.shape)
+
+        try:
+            call = _mapped(noted, args), _mapped(noted, kwargs)
+        except _CannotRepeat:
+            return None
+        return Call(func, *call, found.pop()) if len(found) == 1 else None
 
     def _wrap(self, tensor: Tensor, node: int) -> Tensor:
         wrapped = tensor.as_subclass(Traced)
@@ -242,6 +340,28 @@ def _trace_of(values: Any) -> Trace | None:
         if isinstance(value, (tuple, list)) and (found := _trace_of(value)) is not None:
             return found
     return None
+
+
+class _CannotRepeat(Exception):
+    """An argument is neither a constant, nor a tensor that the client will have again."""
+
+
+_CONSTANT = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
+
+
+def _mapped(of: Callable[[Any], Any], value: Any) -> Any:
+    """``value`` with ``of`` each thing in its lists, tuples and dictionaries."""
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(of, part) for part in value)
+    if type(value) is dict:
+        return {key: _mapped(of, part) for key, part in value.items()}
+    return of(value)
+
+
+def _leaves(value: Any) -> list[Any]:
+    found: list[Any] = []
+    _mapped(found.append, value)
+    return found
 
 
 def _same_rows(x: Tensor, out: Tensor) -> bool:
