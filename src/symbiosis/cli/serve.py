@@ -53,6 +53,11 @@ class Masked(enum.StrEnum):
     sixteen = "16"
 
 
+class KernelsOption(enum.StrEnum):
+    exact = "exact"
+    fastest = "fastest"
+
+
 class Quantize(enum.StrEnum):
     none = "none"
     int8 = "int8"
@@ -77,6 +82,15 @@ def serve(
             "whichever is measured to be faster here for this model."
         ),
     ] = Dtype.auto,
+    kernels: Annotated[
+        KernelsOption,
+        typer.Option(
+            help="How float32 products are computed on the CPU. exact: a lone client's as plain "
+            "torch does, to the last bit. fastest: by what is measured to be fastest here, which "
+            "may be several times as fast and differs in the last bits. Joined rows of several "
+            "clients always take the fastest."
+        ),
+    ] = KernelsOption.exact,
     device: Annotated[
         str, typer.Option(metavar="cpu|cuda", help="Where the frozen weights are.")
     ] = "cpu",
@@ -229,6 +243,7 @@ def serve(
         lend=lend,
         keys=keys,
         bounds=Bounds(connections=max_clients, memory_bytes=int(exchange_memory * 1e9)),
+        kernels=kernels.value,
     )
     terms = f"{policy}, training share {training_share:g}, fetch {fetch}"
     if supervise:

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import torch
-import torch.nn.functional as F
 
 from symbiosis.executor import ops
 from symbiosis.executor.chain import as_rows
-from symbiosis.executor.few_rows import Linear
-from symbiosis.executor.few_rows import linear as linear_of_joined
+from symbiosis.executor.kernels import Kernels
 from symbiosis.executor.ring import mask_rows
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.exchange import RING_OPS, Exchange, Op
@@ -37,16 +35,16 @@ def key(exchange: Exchange, joinable: bool, unique: int) -> Hashable:
 
 
 def compute(
-    exchanges: list[Exchange], weights: Weights, linear: Linear = F.linear
+    exchanges: list[Exchange], weights: Weights, kernels: Kernels | None = None
 ) -> list[tuple[torch.Tensor, ...]]:
-    """The result tensors of each exchange; all have the same `key`. ``linear`` computes a batch of
-    one, which has rows of several clients if they have been joined before."""
+    """The result tensors of each exchange; all have the same `key`. ``kernels`` compute a batch of
+    one, by default as for one client; it has rows of several if they have been joined before."""
     first = exchanges[0]
     if len(exchanges) == 1:
-        return [tuple(ops.run(first, weights, first.tensors, linear))]
+        return [tuple(ops.run(first, weights, first.tensors, kernels or weights.for_one))]
     rows = [[_rows(exchange, x) for x in exchange.tensors] for exchange in exchanges]
     joined = tuple(cat(column, weights.device) for column in zip(*rows, strict=True))
-    outputs = ops.run(first._replace(place=None), weights, joined, linear_of_joined)
+    outputs = ops.run(first._replace(place=None), weights, joined, weights.for_joined)
     sizes = [row[0].shape[0] for row in rows]
     parts = [torch.split(output, sizes) for output in outputs]
     return [

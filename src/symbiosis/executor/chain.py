@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from symbiosis.errors import InvalidInput
-from symbiosis.executor.few_rows import Linear
+from symbiosis.executor.kernels import Kernels
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.chain import CASTS, PRODUCTS, Chain, Instruction, Step, unpack_chain
 from symbiosis.wire.exchange import NO_BIAS, Exchange
@@ -84,16 +84,16 @@ def run(
     exchange: Exchange,
     weights: Weights,
     inputs: tuple[torch.Tensor, ...],
-    linear: Linear,
+    kernels: Kernels,
 ) -> list[torch.Tensor]:
     """The outputs of a checked chain side by side, as one tensor (rows, sum of widths), for
-    ``inputs`` (its own tensors, or several clients' rows joined); products by ``linear``."""
+    ``inputs`` (its own tensors, or several clients' rows joined); products by ``kernels``."""
     chain: Chain = unpack_chain(exchange.params)
     values = [as_rows(x).to(weights.device) for x in inputs]
     for step in chain.steps:
         if step.step in _PRODUCTS:
             weight, bias = exchange.weights[step.b], exchange.biases[step.b]
-            values.append(_product(step.step, values[step.a], weight, bias, weights, linear))
+            values.append(_product(step.step, values[step.a], weight, bias, weights, kernels))
         else:
             values.append(compute_step(step, values, weights))
     return [torch.cat([values[output] for output in chain.outputs], 1)]
@@ -205,7 +205,7 @@ def _product(
     weight: int,
     bias_id: int,
     weights: Weights,
-    linear: Linear,
+    kernels: Kernels,
 ) -> torch.Tensor:
     w = weights.view(weight, ())
     bias = None if bias_id == NO_BIAS else weights.vector(bias_id)
@@ -213,10 +213,6 @@ def _product(
         return F.embedding(x, w)
     dtype = x.dtype
     x = x if dtype is w.dtype else x.to(w.dtype)
-    if kind is Step.LINEAR:
-        y = linear(x, w, bias)
-    elif bias is None:
-        y = torch.mm(x, w)
-    else:
-        y = torch.addmm(bias, x, w)
+    multiply = kernels.linear if kind is Step.LINEAR else kernels.matmul
+    y = multiply(x, w, bias)
     return y if dtype is y.dtype else y.to(dtype)

@@ -32,6 +32,7 @@ from symbiosis.executor.bounds import Bounds
 from symbiosis.executor.digests import ModelDigest
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.guard import Guard, admin_address, check_reach, refusal
+from symbiosis.executor.kernels import TORCH, KernelChoice
 from symbiosis.executor.keystore import FetchPolicy, Tenant
 from symbiosis.executor.quantized import Scheme
 from symbiosis.executor.ring import describe, not_offered, offer, only_ring
@@ -72,15 +73,19 @@ class Executor:
         masked: Sequence[Bits] = (),
         keys: Path | None = None,
         bounds: Bounds = Bounds(),
+        kernels: KernelChoice = "exact",
     ) -> None:
         """``fetch`` says whether clients may read whole weights (DoRA, merging, ...). ``masked``
         offers masked exchanges, with weights of 8 or 16 bits, which are kept beside the others.
         ``keys`` is a key store: with it, every client of another process has to show that it
-        belongs to a tenant. ``bounds`` are for what listens. Raises KeyStoreError, SymbiosisError
-        where tenants could change the weights of all."""
+        belongs to a tenant. ``bounds`` are for what listens. ``kernels``: with
+        "exact" a lone client gets the bits of the plain model, with "fastest" what takes the least
+        time here. Raises KeyStoreError, SymbiosisError where tenants could change the weights of
+        all."""
         self.weights = weights
         if keys is not None and weights.lender is not None and not weights.lender.is_sealed:
             raise _not_lent_to_tenants()
+        weights.choose_kernels(kernels)
         offer(weights, tuple(masked))
         self._masked_clients: set[int] = set()
         self._bounds = bounds
@@ -115,6 +120,7 @@ class Executor:
         lend: bool = False,
         keys: Path | None = None,
         bounds: Bounds = Bounds(),
+        kernels: KernelChoice = "exact",
     ) -> Executor:
         """Load a local ``transformers`` folder or a hub id; raises ModelError.
 
@@ -124,7 +130,7 @@ class Executor:
         experts stay dense. ``masked`` offers masked exchanges to clients; see `Executor`.
         ``lend`` keeps the weights in memory that clients on this host may map, to compute with by
         themselves: read-only on the CPU; on a GPU, for clients on the same one, that they could
-        write to. Those that may not fetch weights are lent none.
+        write to. Those that may not fetch weights are lent none. ``kernels``: see `Executor`.
         """
         if lend and keys is not None and torch.device(device).type != "cpu":
             raise _not_lent_to_tenants()  # before minutes are spent on loading
@@ -137,6 +143,7 @@ class Executor:
             masked=masked,
             keys=keys,
             bounds=bounds,
+            kernels=kernels,
         )
 
     @classmethod
@@ -394,6 +401,7 @@ class Executor:
             "parameters": weights.num_parameters,
             "bytes": weights.num_bytes,
             "quantization": weights.quantization,
+            "kernels": "exact" if weights.for_one is TORCH else "fastest",
             "pid": os.getpid(),
         }
 

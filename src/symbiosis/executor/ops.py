@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from symbiosis.errors import InvalidInput, ProtocolError
 from symbiosis.executor import chain, ring
-from symbiosis.executor.few_rows import Linear
+from symbiosis.executor.kernels import Kernels, Product
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Exchange, Op
 from symbiosis.wire.tensors import ITEM_BYTES, MAX_DIMS, MOST_IN_DIM
@@ -81,23 +81,24 @@ def run(
     exchange: Exchange,
     weights: Weights,
     inputs: tuple[torch.Tensor, ...],
-    linear: Linear = F.linear,
+    kernels: Kernels | None = None,
 ) -> list[torch.Tensor]:
     """Compute ``exchange`` on ``inputs`` (its own tensors, or several clients' rows joined), its
-    linear products by ``linear``.
+    products by ``kernels``, which are those for one client by default.
 
     One tensor per weight, in the input's dtype (the weight's for an embedding), contiguous; of
     a chain, one tensor with its outputs side by side.
     """
+    kernels = kernels or weights.for_one
     if exchange.op is Op.CHAIN:
-        return chain.run(exchange, weights, inputs, linear)
+        return chain.run(exchange, weights, inputs, kernels)
     if exchange.op in RING_OPS:
         return ring.run(exchange, weights, inputs)
     results = []
     for number, (weight, bias_id) in enumerate(zip(exchange.weights, exchange.biases, strict=True)):
         w, bias = weights.view(weight, exchange.recipe), _bias(weights, bias_id)
-        y = _run_in_place(exchange, number, w, bias, inputs[0])
-        results.append(_run_one(exchange, w, bias, inputs, linear) if y is None else y)
+        y = _run_in_place(exchange, number, w, bias, inputs[0], kernels)
+        results.append(_run_one(exchange, w, bias, inputs, kernels) if y is None else y)
     return results
 
 
@@ -325,12 +326,21 @@ def _convolution_input_grad(
 
 
 def _run_in_place(
-    exchange: Exchange, number: int, w: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+    exchange: Exchange,
+    number: int,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    x: torch.Tensor,
+    kernels: Kernels,
 ) -> torch.Tensor | None:
-    """A product computed where its client wants it, by the kernel that computes it elsewhere."""
+    """A product computed where its client wants it, by the kernel that computes it elsewhere;
+    oneDNN's makes its result itself."""
     if exchange.place is None or exchange.op not in (Op.LINEAR, Op.MATMUL):
         return None
     if not (x.is_cpu and w.is_cpu and x.dtype is w.dtype is torch.float32):
+        return None
+    product = Product.LINEAR if exchange.op is Op.LINEAR else Product.MATMUL
+    if kernels.is_onednn(product, x, w):
         return None
     matrix = w.t() if exchange.op is Op.LINEAR else w
     y = exchange.place(number, x.dtype, (*x.shape[:-1], matrix.shape[1]))
@@ -349,7 +359,7 @@ def _run_one(
     w: torch.Tensor,
     bias: torch.Tensor | None,
     inputs: tuple[torch.Tensor, ...],
-    linear: Linear,
+    kernels: Kernels,
 ) -> torch.Tensor:
     x = inputs[0].to(w.device, non_blocking=True)
     if exchange.op is Op.EMBEDDING:
@@ -358,12 +368,9 @@ def _run_one(
     x = x.to(w.dtype)
     match exchange.op:
         case Op.LINEAR:
-            y = linear(x, w, bias)
-        case Op.MATMUL if bias is not None:
-            y = x.new_empty(*x.shape[:-1], w.shape[1])
-            torch.addmm(bias, x.reshape(-1, x.shape[-1]), w, out=y.view(-1, w.shape[1]))
+            y = kernels.linear(x, w, bias)
         case Op.MATMUL:
-            y = torch.matmul(x, w)
+            y = kernels.matmul(x, w, bias)
         case Op.BATCHED_MATMUL:
             y = torch.bmm(x.transpose(1, 2) if _flipped(exchange) else x, w)
         case Op.WEIGHT_MATMUL:

@@ -18,11 +18,9 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from symbiosis.executor import batch
 from symbiosis.executor.chain import as_rows, compute_step
-from symbiosis.executor.few_rows import linear as linear_of_joined
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.chain import PRODUCTS, Instruction, unpack_chain
 from symbiosis.wire.exchange import Exchange, Op
@@ -102,9 +100,9 @@ def compute(
     walks = {member.number: member for member in members if isinstance(member, Walk)}
     if not walks:
         return list(batch.compute(plain, weights))
-    linear = F.linear if len(members) == 1 else linear_of_joined
+    kernels = weights.for_one if len(members) == 1 else weights.for_joined
     lanes = _lanes(walks, weights.device)
-    products = batch.compute([*(lane.asked for lane in lanes), *plain], weights, linear)
+    products = batch.compute([*(lane.asked for lane in lanes), *plain], weights, kernels)
     lanes = [lane.after(y, weights) for lane, y in zip(lanes, products, strict=False)]
     answers = iter(products[len(lanes) :])
     results: dict[int, tuple[torch.Tensor, ...]] = {}

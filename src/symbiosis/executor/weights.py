@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from symbiosis.errors import InvalidInput, ModelError, UnknownWeight
 from symbiosis.executor import quantized
 from symbiosis.executor.fastest import fastest_dtype
+from symbiosis.executor.kernels import TORCH, KernelChoice, measured
 from symbiosis.executor.model_files import read_model
 from symbiosis.executor.quantized import QuantizedMatrix, Scheme
 from symbiosis.privacy.ring import RingWeight
@@ -140,6 +141,7 @@ class Weights:
                 f"quantised; host it without --quantize"
             )
         self.dtype = next(iter(self._hosted.values())).tensor.dtype
+        self.for_one = self.for_joined = TORCH  # rows of one client, and of several
         self.files = _read_files(folder) if folder else _written_files(model)
 
     @classmethod
@@ -178,6 +180,13 @@ class Weights:
 
     def __iter__(self) -> Iterator[HostedWeight]:
         return iter(self._hosted.values())
+
+    def choose_kernels(self, which: KernelChoice) -> None:
+        """Measure which kernels are the fastest, for the joined rows of several clients and, with
+        "fastest", for those of one."""
+        self.for_joined = measured(w.tensor for w in self if w.quantized is None)
+        if which == "fastest":
+            self.for_one = self.for_joined
 
     @property
     def num_bytes(self) -> int:
