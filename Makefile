@@ -56,7 +56,7 @@ bench: setup  ## the figures of the README and of docs/decisions; an hour and a 
 	$(BIN)/python benchmarks/adapter_names.py --lend
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/scale.py
-	$(BIN)/python benchmarks/few_rows.py
+	$(BIN)/python benchmarks/products.py
 	$(BIN)/python benchmarks/dtypes.py
 	$(BIN)/python benchmarks/placement.py
 	$(BIN)/python benchmarks/policies.py

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 KernelChoice = Literal["exact", "fastest"]
 """Of a lone client's products: the plain model's bits, or the least time."""
 
-_ROWS = (1, 2, 4, 16, 64, 256)
+ROWS = (1, 2, 4, 16, 64, 256)
 """Each is measured for as many rows and more, up to the next."""
 
 _LEAST_NUMBERS = 1 << 16  # of a weight; with smaller ones no kernel matters
@@ -60,7 +60,7 @@ class Size(NamedTuple):
 
     product: Product
     is_large: bool
-    rows: int  # one of `_ROWS`
+    rows: int  # one of `ROWS`
 
 
 class Kernels:
@@ -115,7 +115,7 @@ def measured(weights: Iterable[torch.Tensor], timer: Timer = timed) -> Kernels:
     small = [w for w in usable if _LEAST_NUMBERS <= w.numel() < _LARGE_NUMBERS]
     faster = []
     for matrices in filter(None, (large, small)):
-        for product, rows in itertools.product(Product, _ROWS):
+        for product, rows in itertools.product(Product, ROWS):
             speedup = _speedup(product, rows, matrices, timer)
             size = _size(product, matrices[0].numel(), rows)
             logger.info("%s: oneDNN's kernel is %.2f times as fast", size, speedup)
@@ -125,7 +125,7 @@ def measured(weights: Iterable[torch.Tensor], timer: Timer = timed) -> Kernels:
 
 
 def _size(product: Product, numbers: int, rows: int) -> Size:
-    return Size(product, numbers >= _LARGE_NUMBERS, _ROWS[bisect.bisect_right(_ROWS, rows) - 1])
+    return Size(product, numbers >= _LARGE_NUMBERS, ROWS[bisect.bisect_right(ROWS, rows) - 1])
 
 
 def _has_both() -> bool:

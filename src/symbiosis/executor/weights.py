@@ -14,6 +14,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -184,7 +185,9 @@ class Weights:
     def choose_kernels(self, which: KernelChoice) -> None:
         """Measure which kernels are the fastest, for the joined rows of several clients and, with
         "fastest", for those of one."""
-        self.for_joined = measured(w.tensor for w in self if w.quantized is None)
+        dense = [w.tensor for w in self if w.quantized is None]
+        with ThreadPoolExecutor(1) as apart:  # OpenMP's team of this thread would stay, and put
+            self.for_joined = apart.submit(measured, dense).result()  # others to sleep: `waiting`
         if which == "fastest":
             self.for_one = self.for_joined
 
