@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from harness import RESULTS, ROOT
 
-SUFFIXES = [size + lent for size in ("", "-bf16", "-1b", "-1b-bf16") for lent in ("", "-lent")]
+SUFFIXES = [
+    size + how for size in ("", "-bf16", "-1b", "-1b-bf16") for how in ("", "-fastest", "-lent")
+]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -140,7 +142,9 @@ ONE = at("unix/decode.ratio", "unix/prefill.ratio", "unix/training.ratio")
 
 SHORT = (
     Row("one client, 110M: decode, prefill, training", "whole model", "overhead{}", ONE),
+    Row("the same with `--kernels fastest`", "whole model", "overhead{}-fastest", ONE),
     Row("one client, 1B: the same", "whole model", "overhead-1b{}", ONE),
+    Row("the same with `--kernels fastest`", "whole model", "overhead-1b{}-fastest", ONE),
     Row(
         "1, 2, 4, 8 fine-tuning jobs, 110M",
         "as many processes",
@@ -200,9 +204,7 @@ def short_table() -> list[str]:
         cells = []
         for lent in ("", "-lent"):
             numbers = row.ratios(load(row.results.format(lent)))
-            cells.append(
-                ", ".join(format(number, row.form) for number in numbers) or "not measured"
-            )
+            cells.append(", ".join(format(number, row.form) for number in numbers) or "–")
         rows.append(f"| {row.what} | {row.peer} | {cells[0]} | {cells[1]} |")
     return rows
 

@@ -37,6 +37,7 @@ def test_the_whole_story(
     assert "parameters" in facts["weights"]
     assert facts["weights"].endswith("in float32")
     assert facts["device"] == "cpu"
+    assert facts["kernels"] == "exact"
     assert facts["policy"] == "align, training share 0.3, fetch allow"
 
     config = tmp_path / "peft.yaml"
@@ -179,6 +180,19 @@ def test_sigterm_ends_a_server_in_order(model_folder: Path, tmp_path: Path, call
     assert "Traceback" not in ended.err
     assert not socket.exists()
     assert re.search("shutting down|has gone", finish(watching).error)
+
+
+def test_the_fastest_kernels(model_folder: Path, tmp_path: Path, call: Call) -> None:
+    server = serve(model_folder, tmp_path, "--kernels", "fastest")
+    facts = dict(line.split(maxsplit=1) for line in server.lines[1:-1])
+    assert facts["kernels"] == "fastest"
+    answer = call(
+        "generate", "--base", server.unix, "--prompt", "the cat", "--max-new-tokens", 3
+    )  # fmt: skip
+    assert answer.code == 0, answer
+    refused = run("serve", model_folder, "--kernels", "quick")
+    assert refused.code == 2
+    assert "'exact', 'fastest'" in refused.error
 
 
 def test_a_quantised_base(model_folder: Path, tmp_path: Path, call: Call) -> None:

@@ -344,6 +344,7 @@ def _announce(executor: Executor, urls: list[str], policy: str) -> None:
         "architecture": facts["architecture"],
         "weights": f"{weights}, {size}",
         "device": facts["device"],
+        "kernels": facts["kernels"],
         "policy": policy,
         "pid": facts["pid"],
     }

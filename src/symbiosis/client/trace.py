@@ -52,7 +52,8 @@ class Call(NamedTuple):
         return all(part() is not None for part in leaves if type(part) is weakref.ref)
 
     def again(self, values: Mapping[int, Tensor]) -> Tensor:
-        """Its result, now. Raises KeyError if a tensor has gone, and what ``func`` does."""
+        """Its result, now, contiguous. Raises KeyError if a tensor has gone, and what ``func``
+        does."""
 
         def of(part: Any) -> Any:
             if type(part) is Here:
@@ -64,7 +65,7 @@ class Call(NamedTuple):
                 raise KeyError("a tensor of an adapter")
             return tensor
 
-        return self.func(*_mapped(of, self.args), **_mapped(of, self.kwargs))
+        return self.func(*_mapped(of, self.args), **_mapped(of, self.kwargs)).contiguous()
 
 
 class Node(NamedTuple):

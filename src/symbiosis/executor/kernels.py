@@ -113,14 +113,17 @@ def measured(weights: Iterable[torch.Tensor], timer: Timer = timed) -> Kernels:
     ]
     large = [w for w in usable if w.numel() >= _LARGE_NUMBERS]
     small = [w for w in usable if _LEAST_NUMBERS <= w.numel() < _LARGE_NUMBERS]
-    faster = []
+    faster, tried = [], 0
     for matrices in filter(None, (large, small)):
         for product, rows in itertools.product(Product, ROWS):
             speedup = _speedup(product, rows, matrices, timer)
             size = _size(product, matrices[0].numel(), rows)
-            logger.info("%s: oneDNN's kernel is %.2f times as fast", size, speedup)
+            tried += 1
+            logger.debug("%s: oneDNN's kernel is %.2f times as fast", size, speedup)
             if speedup >= _WORTH_OTHER_BITS:
                 faster.append(size)
+    if tried:
+        logger.info("oneDNN's kernel is the faster one for %d of %d sizes", len(faster), tried)
     return Kernels(faster)
 
 
