@@ -190,9 +190,7 @@ def test_the_fastest_kernels(model_folder: Path, tmp_path: Path, call: Call) -> 
         "generate", "--base", server.unix, "--prompt", "the cat", "--max-new-tokens", 3
     )  # fmt: skip
     assert answer.code == 0, answer
-    refused = run("serve", model_folder, "--kernels", "quick")
-    assert refused.code == 2
-    assert "'exact', 'fastest'" in refused.error
+    assert call("serve", model_folder, "--kernels", "quick").code == 2
 
 
 def test_a_quantised_base(model_folder: Path, tmp_path: Path, call: Call) -> None:
