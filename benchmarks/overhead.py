@@ -1,13 +1,15 @@
 """One client against the whole model in one process: decode, prefill, LoRA training.
 
-The price of split execution when there is nothing to share. Peer: the same transformers/peft
-code on the same folder, in one process, with torch's default threads. Prints tokens/s of both,
-the ratio of alternated runs, and where a client's time per exchange goes.
+The price of split execution when there is nothing to share, with the executor's exact kernels and
+with the fastest. Peer: the same transformers/peft code on the same folder, in one process, with
+torch's default threads. Prints tokens/s of both, the ratio of alternated runs, and where a client's
+time per exchange goes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from typing import Any
 
@@ -20,23 +22,31 @@ UNITS: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(whole: Worker, split: Worker, unit: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Alternate the two; the first two rounds warm up."""
-    ours, theirs = [], []
+def measure(
+    whole: Worker, splits: dict[str, Worker], unit: dict[str, Any], rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Alternate the whole model and the ``splits``; the first two rounds warm up."""
+    before: dict[str, Any] = {}
+    ours: dict[str, list[float]] = {kernels: [] for kernels in splits}
+    theirs = []
     for round_number in range(rounds + 2):
         if round_number == 2:
-            before = split.run(do="stats")
+            before = {kernels: split.run(do="stats") for kernels, split in splits.items()}
         theirs.append(whole.run(**unit)["tokens_per_s"])
-        ours.append(split.run(**unit)["tokens_per_s"])
-    after = split.run(do="stats")
-    a, b = Sample(tuple(ours[2:])), Sample(tuple(theirs[2:]))
-    return {
-        "split_tokens_per_s": a.median,
-        "whole_tokens_per_s": b.median,
-        "ratio": ratio(a, b).median,
-        "ratio_spread": ratio(a, b).spread,
-        **breakdown(before, after, rounds),
-    }
+        for kernels, split in splits.items():
+            ours[kernels].append(split.run(**unit)["tokens_per_s"])
+    peer = Sample(tuple(theirs[2:]))
+    rows = {}
+    for kernels, split in splits.items():
+        rates = Sample(tuple(ours[kernels][2:]))
+        rows[kernels] = {
+            "split_tokens_per_s": rates.median,
+            "whole_tokens_per_s": peer.median,
+            "ratio": ratio(rates, peer).median,
+            "ratio_spread": ratio(rates, peer).spread,
+            **breakdown(before[kernels], split.run(do="stats"), rounds),
+        }
+    return rows
 
 
 def breakdown(before: dict[str, Any], after: dict[str, Any], rounds: int) -> dict[str, Any]:
@@ -67,27 +77,41 @@ def main() -> None:
     threads = os.cpu_count() or 1
     model, title, suffix, serve = chosen_model(options)
     result: dict[str, Any] = {"model": title, "rounds": options.rounds}
-    with executor(model, *serve) as served:
+    kernels = ["exact"] if options.lend else ["exact", "fastest"]
+    with contextlib.ExitStack() as stack:
+        served = {
+            each: stack.enter_context(executor(model, *serve, "--kernels", each))
+            for each in kernels
+        }
         for transport in options.transports:
             whole = Worker(str(model), threads=threads, passive=False).ready()
-            url = getattr(served, transport)
             for name in options.units:
                 unit, trains = UNITS[name], name == "training"
-                split = Worker(url, threads=threads, passive=True, trains=trains).ready()
+                splits = {
+                    each: Worker(
+                        getattr(served[each], transport),
+                        threads=threads,
+                        passive=True,
+                        trains=trains,
+                    ).ready()
+                    for each in kernels
+                }
                 if trains:
-                    for worker in (split, whole):
+                    for worker in (whole, *splits.values()):
                         worker.run(do="adapt", method="lora")
-                row = measure(whole, split, unit, options.rounds)
-                result[f"{transport}/{name}"] = row
-                print(
-                    f"{transport:5} {name:9} split {row['split_tokens_per_s']:7.1f} tokens/s, "
-                    f"whole {row['whole_tokens_per_s']:7.1f}: ratio {row['ratio_spread']}; "
-                    f"{row['exchanges_per_unit']:.0f} exchanges of compute {row['compute_us']:.0f} "
-                    f"+ queue {row['queue_us']:.0f} + client and wire {row['wire_us']:.0f} µs, "
-                    f"{row['megabytes_per_unit']:.0f} MB",
-                    flush=True,
-                )
-                split.close()
+                for each, row in measure(whole, splits, unit, options.rounds).items():
+                    which = "" if each == "exact" else f"/{each} kernels"
+                    result[f"{transport}/{name}{which}"] = row
+                    print(
+                        f"{transport:5} {name:9} {each:8} split {row['split_tokens_per_s']:7.1f} "
+                        f"tokens/s, whole {row['whole_tokens_per_s']:7.1f}: ratio "
+                        f"{row['ratio_spread']}; {row['exchanges_per_unit']:.0f} exchanges of "
+                        f"compute {row['compute_us']:.0f} + queue {row['queue_us']:.0f} + client "
+                        f"and wire {row['wire_us']:.0f} µs, {row['megabytes_per_unit']:.0f} MB",
+                        flush=True,
+                    )
+                for split in splits.values():
+                    split.close()
             whole.close()
     save("overhead" + suffix, result)
 

@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 
 from harness import RESULTS, ROOT
 
-SUFFIXES = [
-    size + how for size in ("", "-bf16", "-1b", "-1b-bf16") for how in ("", "-fastest", "-lent")
-]
+SUFFIXES = [size + lent for size in ("", "-bf16", "-1b", "-1b-bf16") for lent in ("", "-lent")]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -138,13 +136,15 @@ def at(*paths: str) -> Callable[[Found], list[float]]:
     return found
 
 
-ONE = at("unix/decode.ratio", "unix/prefill.ratio", "unix/training.ratio")
+UNITS = ("decode", "prefill", "training")
+ONE = at(*(f"unix/{unit}.ratio" for unit in UNITS))
+ONE_FASTEST = at(*(f"unix/{unit}/fastest kernels.ratio" for unit in UNITS))
 
 SHORT = (
     Row("one client, 110M: decode, prefill, training", "whole model", "overhead{}", ONE),
-    Row("the same with `--kernels fastest`", "whole model", "overhead{}-fastest", ONE),
+    Row("the same with `--kernels fastest`", "whole model", "overhead{}", ONE_FASTEST),
     Row("one client, 1B: the same", "whole model", "overhead-1b{}", ONE),
-    Row("the same with `--kernels fastest`", "whole model", "overhead-1b{}-fastest", ONE),
+    Row("the same with `--kernels fastest`", "whole model", "overhead-1b{}", ONE_FASTEST),
     Row(
         "1, 2, 4, 8 fine-tuning jobs, 110M",
         "as many processes",

@@ -190,6 +190,8 @@ def test_the_fastest_kernels(model_folder: Path, tmp_path: Path, call: Call) -> 
         "generate", "--base", server.unix, "--prompt", "the cat", "--max-new-tokens", 3
     )  # fmt: skip
     assert answer.code == 0, answer
+    server.process.terminate()
+    finish(server.process)
     assert call("serve", model_folder, "--kernels", "quick").code == 2
 
 

@@ -41,7 +41,8 @@ _MOST_BYTES = 64 << 20
 """Of the weights that are tried with few rows: more than most caches hold."""
 
 _MOST_BYTES_OF_MANY_ROWS = 16 << 20
-_MANY_ROWS = 64  # from which arithmetic counts, and not where weights come from
+MANY_ROWS = 64
+"""From here on arithmetic counts, and not where weights come from."""
 
 _ROUNDS = 4
 
@@ -148,7 +149,7 @@ def _by_onednn(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> t
 @torch.no_grad()
 def _speedup(product: Product, rows: int, matrices: list[torch.Tensor], timer: Timer) -> float:
     """torch's time over oneDNN's, for one pass over a sample of ``matrices``."""
-    most = _MOST_BYTES_OF_MANY_ROWS if rows >= _MANY_ROWS else _MOST_BYTES
+    most = _MOST_BYTES_OF_MANY_ROWS if rows >= MANY_ROWS else _MOST_BYTES
     sample = _sample(matrices, most // 4)
     inner = 1 if product is Product.LINEAR else 0
     pairs = [(torch.ones(rows, w.shape[inner]), w) for w in sample]

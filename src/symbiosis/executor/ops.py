@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from symbiosis.errors import InvalidInput, ProtocolError
 from symbiosis.executor import chain, ring
-from symbiosis.executor.kernels import Kernels, Product
+from symbiosis.executor.kernels import MANY_ROWS, Kernels, Product
 from symbiosis.executor.weights import Weights
 from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Exchange, Op
 from symbiosis.wire.tensors import ITEM_BYTES, MAX_DIMS, MOST_IN_DIM
@@ -333,14 +333,14 @@ def _run_in_place(
     x: torch.Tensor,
     kernels: Kernels,
 ) -> torch.Tensor | None:
-    """A product computed where its client wants it, by the kernel that computes it elsewhere;
-    oneDNN's makes its result itself."""
+    """A product computed where its client wants it, by the kernel that computes it elsewhere.
+    oneDNN's makes its result itself; of many rows that is as much to copy as it saves."""
     if exchange.place is None or exchange.op not in (Op.LINEAR, Op.MATMUL):
         return None
     if not (x.is_cpu and w.is_cpu and x.dtype is w.dtype is torch.float32):
         return None
     product = Product.LINEAR if exchange.op is Op.LINEAR else Product.MATMUL
-    if kernels.is_onednn(product, x, w):
+    if kernels.is_onednn(product, x, w) and x.numel() < MANY_ROWS * x.shape[-1]:
         return None
     matrix = w.t() if exchange.op is Op.LINEAR else w
     y = exchange.place(number, x.dtype, (*x.shape[:-1], matrix.shape[1]))
