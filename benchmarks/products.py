@@ -13,7 +13,7 @@ import time
 import torch
 
 from harness import Sample, ratio, save
-from symbiosis.executor.kernels import ROWS, TORCH, Kernels, Product, Size
+from symbiosis.kernels import ROWS, TORCH, Kernels, Product, Size
 
 SHAPES = [(5632, 2048), (2048, 5632), (2048, 2048), (768, 768), (32000, 768)]
 MANY_ROWS = 64

@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 
 from harness import RESULTS, ROOT
 
-SUFFIXES = [size + lent for size in ("", "-bf16", "-1b", "-1b-bf16") for lent in ("", "-lent")]
+SUFFIXES = [
+    size + lent + kernels
+    for size in ("", "-bf16", "-1b", "-1b-bf16")
+    for lent in ("", "-lent")
+    for kernels in ("", "-fastest")
+]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -183,13 +188,19 @@ SHORT = (
         at("4.one_client.ratio", "16.one_client.ratio"),
     ),
     Row(
-        "the same, decode",
+        "the same with `--kernels fastest`",
+        "peft's `adapter_names`",
+        "adapter-names{}-fastest",
+        at("4.one_client.ratio", "16.one_client.ratio"),
+    ),
+    Row(
+        "the same adapters, decode",
         "vLLM on the CPU",
         "vllm-cpu{}",
         at("4.decode, one client.ratio", "16.decode, one client.ratio"),
     ),
     Row(
-        "the same, prompts",
+        "the same adapters, prompts",
         "vLLM on the CPU",
         "vllm-cpu{}",
         at("4.prefill, one client.ratio", "16.prefill, one client.ratio"),

@@ -4,6 +4,7 @@ of each size, and for a client alone torch's unless the operator says otherwise.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import symbiosis
 import tiny
 from exchanges import exchange, weight_id
-from symbiosis import Executor
-from symbiosis.executor import batch, kernels, walks
-from symbiosis.executor.kernels import ROWS, TORCH, Kernels, Product, Size, measured
+from symbiosis import Executor, kernels
+from symbiosis.client.welcome import kernels_for_one
+from symbiosis.errors import ProtocolError
+from symbiosis.executor import batch, walks
 from symbiosis.executor.weights import Weights
+from symbiosis.kernels import ROWS, TORCH, Kernels, Product, Size, measured
 from symbiosis.wire.exchange import Op
 
 OUT, IN = 1024, 512
@@ -60,8 +63,19 @@ def test_products_are_torchs(w: torch.Tensor, rows: tuple[int, ...], with_bias: 
         (torch.randn(4, 2, IN).transpose(0, 1), lambda w: w),
         (torch.randn(8, IN), lambda w: w[:64]),  # small
         (torch.randn(8, 0), lambda w: w[:, :0]),
+        (torch.randn(IN), lambda w: w),
     ],
-    ids=["float64", "bfloat16", "transposed", "sliced", "gaps", "swapped", "small", "empty"],
+    ids=[
+        "float64",
+        "bfloat16",
+        "transposed",
+        "sliced",
+        "gaps",
+        "swapped",
+        "small",
+        "empty",
+        "vector",
+    ],
 )
 def test_everything_else_is_computed_as_well(w: torch.Tensor, x: torch.Tensor, view) -> None:
     weight = view(w)
@@ -83,7 +97,7 @@ def taking(seconds: Callable[[bool, int], float], monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Kernels, "is_onednn", asked)
 
-    def timer(call: Callable[[], object], device: torch.device) -> float:
+    def timer(call: Callable[[], object]) -> float:
         passes.clear()
         call()
         (only,) = set(passes)
@@ -129,7 +143,7 @@ def test_what_is_measured_is_a_part_of_the_model() -> None:
 
 
 def test_nothing_is_measured_of_a_small_model_or_in_another_dtype() -> None:
-    def never(call: Callable[[], object], device: torch.device) -> float:
+    def never(call: Callable[[], object]) -> float:
         raise AssertionError("measured")
 
     assert measured((w.tensor for w in Weights(tiny.llama(), "tiny")), never).by_onednn == set()
@@ -178,21 +192,61 @@ def test_joined_rows_take_it_and_rows_of_one_client_do_not(
     assert taken == [8, 8, 4]
 
 
-def test_a_model_by_the_fastest_kernels(base: GPT2LMHeadModel, tmp_path: Path) -> None:
-    """Prompts, tokens and gradients, of one client whose large results lie in shared memory."""
-    local, ids = copy.deepcopy(base), torch.randint(0, 1024, (1, 64))
-    with Executor(Weights(base, "base"), kernels="fastest") as executor:
+@pytest.mark.parametrize("lend", [False, True])
+def test_a_model_by_the_fastest_kernels(base: GPT2LMHeadModel, tmp_path: Path, lend: bool) -> None:
+    """Prompts, tokens and gradients, of one client whose large results lie in shared memory, or
+    that computes with lent weights."""
+    local, ids = copy.deepcopy(base), torch.randint(0, 1024, (1, 32))
+    with Executor(Weights(base, "base", lend=lend), kernels="fastest") as executor:
         (url,) = executor.listen([f"unix://{tmp_path}/base.sock"])
         assert executor.describe()["kernels"] == "fastest"
         with symbiosis.connect(url) as session:
             remote = session.model()
+            assert (session.borrowed is not None) is lend
             found = []
             for model in (remote, local):
                 embeddings = local.transformer.wte(ids).detach().requires_grad_()
-                logits = model(inputs_embeds=embeddings).logits
-                logits.square().mean().backward()
+                model(inputs_embeds=embeddings).logits.square().mean().backward()
+                with torch.no_grad():
+                    logits = model(ids).logits
+                    with torch.autocast("cpu", torch.bfloat16):
+                        assert model.transformer(ids)[0].isfinite().all()
                 tokens = model.generate(ids[:, :8], max_new_tokens=8, do_sample=False)
                 found.append((logits, embeddings.grad, tokens))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert not torch.equal(found[0][0], found[1][0]), "all was computed by torch's own kernels"
+
+
+@torch.no_grad()
+def test_with_lent_weights_torch_says_what_does_not_fit(
+    base: GPT2LMHeadModel, tmp_path: Path
+) -> None:
+    with Executor(Weights(base, "base", lend=True), kernels="fastest") as executor:
+        (url,) = executor.listen([f"unix://{tmp_path}/base.sock"])
+        with symbiosis.connect(url) as session:
+            head, conv = session.model().lm_head.weight, session.model().transformer.h[0].mlp.c_fc
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                F.linear(torch.randn(2, 255), head)
+            with pytest.raises(RuntimeError, match="must match"):
+                F.linear(torch.randn(2, 256), head, torch.randn(3))
+            with pytest.raises(RuntimeError, match="dtype"):
+                F.linear(torch.randn(2, 256).double(), head)
+            x = torch.randn(5, 2, 256)
+            each = torch.func.vmap(lambda rows: F.linear(rows, head))(x)
+            torch.testing.assert_close(each, F.linear(x, head), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                torch.addmm(torch.ones(2, 1024), x[0], conv.weight),
+                torch.addmm(torch.ones(1024), x[0], conv.weight),
+                rtol=1e-4,
+                atol=1e-4,
+            )
+
+
+def test_sizes_travel() -> None:
+    assert Kernels.from_json(json.loads(json.dumps(ALL.to_json()))).by_onednn == ALL.by_onednn
+    assert kernels_for_one({}) is TORCH
+    wrong = (7, [["linear", True]], [["linear", True, 3]], [["product", True, 1]], [[1, 2, 4]])
+    for sizes in (*wrong, [["linear", True, 1]] * 99):
+        with pytest.raises(ProtocolError, match="unknown kernels"):
+            kernels_for_one({"onednn": sizes})

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 import math
+from types import NoneType
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from symbiosis.client.welcome import Identity, WeightInfo
 from symbiosis.errors import ModelError
+from symbiosis.kernels import TORCH, Kernels
 from symbiosis.transport.lent import Lent
 from symbiosis.waiting import sleep_at_once
 
@@ -30,7 +33,15 @@ class Borrowed:
     joins_others = False
     """Do few rows go to the executor all the same, where others' rows join them?"""
 
-    def __init__(self, lent: Lent, weights: dict[int, WeightInfo], identity: Identity) -> None:
+    def __init__(
+        self,
+        lent: Lent,
+        weights: dict[int, WeightInfo],
+        identity: Identity,
+        kernels: Kernels = TORCH,
+    ) -> None:
+        """``kernels``: by what the executor would compute."""
+        self._kernels = kernels
         self._lent = self._announced = lent
         self._weights = weights
         self._identity = identity
@@ -79,6 +90,16 @@ class Borrowed:
             self._identity.check_weight(info.names[0], found)
             self._tensors[number] = found
         return found
+
+    def kernels(self, x: Tensor, bias: Tensor | None = None) -> Kernels:
+        """By what a product of ``x`` with a lent weight is computed: as the executor would, where
+        nothing else is to be done; torch's also record, cast and vectorise."""
+        if not self._kernels.by_onednn or torch.is_grad_enabled():
+            return TORCH
+        plain = type(x) is Tensor and type(bias) in (NoneType, Tensor, Parameter)
+        if not plain or torch.is_autocast_enabled("cpu"):
+            return TORCH
+        return TORCH if torch._C._functorch.is_functorch_wrapped_tensor(x) else self._kernels
 
     def begins(self) -> None:
         """A forward pass begins: does anybody else use the cores?

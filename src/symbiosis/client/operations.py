@@ -21,6 +21,7 @@ import symbiosis.client.lazy  # noqa: F401 - fills its part of the tables
 from symbiosis.client.remote_weight import ATEN, FUNCTIONS, PRODUCTS, RemoteWeight
 from symbiosis.client.session import is_backward
 from symbiosis.errors import UnsupportedOperation
+from symbiosis.kernels import TORCH, Kernels, Product
 from symbiosis.wire.exchange import NO_BIAS, Op
 
 aten = torch.ops.aten
@@ -115,11 +116,17 @@ def _is_done_here(weight: RemoteWeight, count: int, width: int) -> bool:
     return count > _FEW * width
 
 
+def _kernels(weight: RemoteWeight, x: Tensor, bias: Tensor | None = None) -> Kernels:
+    """By what a product with a lent weight is computed."""
+    borrowed = weight._session.borrowed
+    return TORCH if borrowed is None else borrowed.kernels(x, bias)
+
+
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if type(weight) is not RemoteWeight or not weight.is_matrix or type(input) is RemoteWeight:
         return NotImplemented
     if (here := weight.here) is not None and _is_done_here(weight, input.numel(), input.shape[-1]):
-        return F.linear(input, here, bias)
+        return _kernels(weight, input, bias).linear(input, here, bias)
     return product(Op.LINEAR, input, weight, bias)
 
 
@@ -129,7 +136,7 @@ def _matmul(input: Any, other: Any = None, **unusual: Any) -> Any:
     if unusual or input.dim() < 2:
         return NotImplemented
     if (here := other.here) is not None and _is_done_here(other, input.numel(), input.shape[-1]):
-        return input @ here
+        return _kernels(other, input).matmul(input, here, None)
     return product(Op.MATMUL, input, other)
 
 
@@ -137,6 +144,9 @@ def _addmm(input: Any, mat1: Any, mat2: Any, **scales: Any) -> Any:
     if type(mat2) is not RemoteWeight or isinstance(mat1, RemoteWeight) or scales:
         return NotImplemented
     if (here := mat2.here) is not None and _is_done_here(mat2, mat1.numel(), mat1.shape[-1]):
+        kernels = _kernels(mat2, mat1, input)
+        if input.dim() == 1 and kernels.is_onednn(Product.MATMUL, mat1, here):
+            return kernels.matmul(mat1, here, input)
         return torch.addmm(input, mat1, here)
     return product(Op.MATMUL, mat1, mat2, input)
 

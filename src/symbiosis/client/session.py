@@ -34,6 +34,7 @@ from symbiosis.client.verifying import Trust, Verifier
 from symbiosis.client.welcome import (
     Identity,
     WeightInfo,
+    kernels_for_one,
     recognise,
     unpack_files,
     vector_table,
@@ -131,7 +132,8 @@ class Session:
             self.weights = weight_table(self.welcome)
             self.vectors = vector_table(self.welcome)
             if first.lent is not None:
-                self.borrowed = Borrowed(first.lent, self.weights, self._known())
+                kernels = kernels_for_one(self.welcome)
+                self.borrowed = Borrowed(first.lent, self.weights, self._known(), kernels)
             if trust.verify:
                 self._verifier = Verifier(self, trust)
                 self._ahead.verify = self._verifier.chain

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from symbiosis.errors import ModelError, ProtocolError
+from symbiosis.kernels import Kernels
 from symbiosis.transport.channel import Channel
 from symbiosis.wire.digest import Entries, bytes_digest, read_entries, tensor_digest
 from symbiosis.wire.frames import Json
@@ -48,6 +49,14 @@ def vector_table(welcome: Json) -> dict[str, int]:
     """The ids of the shipped vectors by name."""
     vectors = welcome.get("vectors")
     return {str(k): int(v) for k, v in vectors.items()} if isinstance(vectors, dict) else {}
+
+
+def kernels_for_one(welcome: Json) -> Kernels:
+    """By what the executor computes a lone client's products; raises ProtocolError."""
+    try:
+        return Kernels.from_json(welcome.get("onednn", []))
+    except ValueError as error:
+        raise ProtocolError(f"the executor's welcome names unknown kernels: {error}") from None
 
 
 def unpack_files(answer: Json, data: bytes) -> dict[str, bytes]:

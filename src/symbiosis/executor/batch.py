@@ -12,9 +12,9 @@ import torch
 
 from symbiosis.executor import ops
 from symbiosis.executor.chain import as_rows
-from symbiosis.executor.kernels import Kernels
 from symbiosis.executor.ring import mask_rows
 from symbiosis.executor.weights import Weights
+from symbiosis.kernels import Kernels
 from symbiosis.wire.exchange import RING_OPS, Exchange, Op
 
 _DIVISIBLE = (Op.LINEAR, Op.MATMUL, Op.RING_LINEAR, Op.RING_MATMUL)

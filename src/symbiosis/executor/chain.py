@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from symbiosis.errors import InvalidInput
-from symbiosis.executor.kernels import Kernels
 from symbiosis.executor.weights import Weights
+from symbiosis.kernels import Kernels
 from symbiosis.wire.chain import CASTS, PRODUCTS, Chain, Instruction, Step, unpack_chain
 from symbiosis.wire.exchange import NO_BIAS, Exchange
 from symbiosis.wire.tensors import ITEM_BYTES, TensorSpec

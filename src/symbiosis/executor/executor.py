@@ -32,7 +32,6 @@ from symbiosis.executor.bounds import Bounds
 from symbiosis.executor.digests import ModelDigest
 from symbiosis.executor.engine import Engine
 from symbiosis.executor.guard import Guard, admin_address, check_reach, refusal
-from symbiosis.executor.kernels import TORCH, KernelChoice
 from symbiosis.executor.keystore import FetchPolicy, Tenant
 from symbiosis.executor.quantized import Scheme
 from symbiosis.executor.ring import describe, not_offered, offer, only_ring
@@ -40,6 +39,7 @@ from symbiosis.executor.scheduler import Policy, Scheduler, Terms
 from symbiosis.executor.server import Server
 from symbiosis.executor.streams import on_default
 from symbiosis.executor.weights import Weights
+from symbiosis.kernels import TORCH, KernelChoice
 from symbiosis.privacy.modes import Bits
 from symbiosis.transport import device_memory
 from symbiosis.transport.addresses import Address
@@ -441,6 +441,7 @@ class Executor:
             "max_payload_bytes": self._limits.payload_bytes,
             "masked": list(weights.ring),
             "instance": self._instance,
+            "onednn": weights.for_one.to_json(),
         }
 
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 from symbiosis.errors import InvalidInput, ProtocolError
 from symbiosis.executor import chain, ring
-from symbiosis.executor.kernels import MANY_ROWS, Kernels, Product
 from symbiosis.executor.weights import Weights
+from symbiosis.kernels import MANY_ROWS, Kernels, Product
 from symbiosis.wire.exchange import NO_BIAS, RING_OPS, Exchange, Op
 from symbiosis.wire.tensors import ITEM_BYTES, MAX_DIMS, MOST_IN_DIM
 from symbiosis.wire.views import MOST_COPIED

@@ -28,9 +28,9 @@ from transformers.pytorch_utils import Conv1D
 from symbiosis.errors import InvalidInput, ModelError, UnknownWeight
 from symbiosis.executor import quantized
 from symbiosis.executor.fastest import fastest_dtype
-from symbiosis.executor.kernels import TORCH, KernelChoice, measured
 from symbiosis.executor.model_files import read_model
 from symbiosis.executor.quantized import QuantizedMatrix, Scheme
+from symbiosis.kernels import TORCH, KernelChoice, measured
 from symbiosis.privacy.ring import RingWeight
 from symbiosis.transport import device_memory
 from symbiosis.transport.lent import Lender

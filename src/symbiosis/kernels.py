@@ -4,7 +4,8 @@ torch's is MKL's there. oneDNN's, on the same weight as it lies, may be several 
 of all with few rows, or slower; that depends on the processor, so it is measured on the model's own
 matrices when an executor starts. Its last bits are others: rows of several clients, which have
 others anyway when they are joined, take the faster one, and rows of one client torch's, unless
-whoever runs the executor prefers speed. See decision 17.
+whoever runs the executor prefers speed; clients that compute with lent weights follow it. See
+decision 17.
 
 Shapes: T rows, I in, O out.
 """
@@ -17,13 +18,12 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-
-from symbiosis.executor.fastest import Timer, timed
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,18 @@ _ROUNDS = 4
 _WORTH_OTHER_BITS = 1.05
 
 
-class Product(enum.Enum):
+Timer = Callable[[Callable[[], object]], float]
+"""Seconds that a call takes."""
+
+
+def timed(call: Callable[[], object]) -> float:
+    """See `Timer`."""
+    started_s = time.perf_counter()
+    call()
+    return time.perf_counter() - started_s
+
+
+class Product(enum.StrEnum):
     """Which of a weight's dimensions is multiplied."""
 
     LINEAR = enum.auto()  # x (..., I), W (O, I) → x Wᵀ (..., O)
@@ -71,15 +82,33 @@ class Kernels:
         """``by_onednn``: what oneDNN computes; torch the rest."""
         self.by_onednn = frozenset(by_onednn)
 
+    def to_json(self) -> list[tuple[str, bool, int]]:
+        """What oneDNN computes, as plain JSON types."""
+        return sorted((size.product.value, size.is_large, size.rows) for size in self.by_onednn)
+
+    @classmethod
+    def from_json(cls, sizes: object) -> Kernels:
+        """Inverse of `to_json`; raises ValueError."""
+        if not isinstance(sizes, list) or len(sizes) > 2 * len(Product) * len(ROWS):
+            raise ValueError(f"not a list of sizes of products: {sizes!r:.80}")
+        found = []
+        for size in sizes:
+            match size:
+                case [str(product), bool(is_large), int(rows)] if rows in ROWS:
+                    found.append(Size(Product(product), is_large, rows))
+                case _:
+                    raise ValueError(f"not a size of a product: {size!r:.80}")
+        return cls(found) if found and _has_both() else TORCH
+
     def linear(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x`` (..., I) by ``w`` (O, I), plus ``bias`` (O,): (..., O)."""
-        if self.is_onednn(Product.LINEAR, x, w):
+        if self.is_onednn(Product.LINEAR, x, w) and _fits(bias, w.shape[0]):
             return _by_onednn(x, w, bias)
         return F.linear(x, w, bias)
 
     def matmul(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x`` (..., I) by ``w`` (I, O), plus ``bias`` (O,): (..., O)."""
-        if self.is_onednn(Product.MATMUL, x, w):
+        if self.is_onednn(Product.MATMUL, x, w) and _fits(bias, w.shape[1]):
             return _by_onednn(x, w.t(), bias)
         if bias is None:
             return torch.matmul(x, w)
@@ -88,11 +117,13 @@ class Kernels:
         return y
 
     def is_onednn(self, product: Product, x: torch.Tensor, w: torch.Tensor) -> bool:
-        """Does oneDNN compute it?"""
+        """Does oneDNN compute it? What does not fit is torch's to refuse."""
         if not self.by_onednn or not x.is_cpu or not x.dtype is w.dtype is torch.float32:
             return False
         numbers = w.numel()
         if numbers < _LEAST_NUMBERS or w.dim() != 2 or not w.is_contiguous() or not x.numel():
+            return False
+        if x.shape[-1] != w.shape[1 if product is Product.LINEAR else 0]:
             return False
         rows = x.numel() // x.shape[-1]
         return _size(product, numbers, rows) in self.by_onednn
@@ -139,6 +170,10 @@ def _has_both() -> bool:
     return mkl and mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def _fits(bias: torch.Tensor | None, out: int) -> bool:
+    return bias is None or (bias.dtype is torch.float32 and bias.shape == (out,) and bias.is_cpu)
+
+
 def _by_onednn(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x`` (..., I) by ``w`` (O, I), which may be a transposed view."""
     rows = x.reshape(-1, x.shape[-1])
@@ -163,7 +198,7 @@ def _speedup(product: Product, rows: int, matrices: list[torch.Tensor], timer: T
     took_s = {TORCH: math.inf, onednn: math.inf}
     for _ in range(_ROUNDS):  # in turn, since machines are noisy
         for kernels in took_s:
-            seconds = timer(functools.partial(all_by, kernels), torch.device("cpu"))
+            seconds = timer(functools.partial(all_by, kernels))
             took_s[kernels] = min(took_s[kernels], seconds)
     return took_s[TORCH] / took_s[onednn]
 
