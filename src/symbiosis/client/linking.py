@@ -77,12 +77,9 @@ def start_of(member: Member, x: Tensor) -> Start:
     return member, x.shape, x.dtype, x.device
 
 
-def link(
-    nodes: list[Node], events: list[Event], calls: Mapping[int, Call] | None = None
-) -> dict[Start, Ask]:
+def link(nodes: list[Node], events: list[Event], calls: Mapping[int, Call]) -> dict[Start, Ask]:
     """The chains of a pass, by what they begin with. A product that neither begins nor joins one is
     in none. ``calls``: how the client computed nodes that have no step."""
-    calls = calls or {}
     lost = _lost(nodes, events, calls)
     nodes = [_outside(node) if number in lost else node for number, node in enumerate(nodes)]
     calls = {number: call for number, call in calls.items() if number not in lost}
