@@ -141,6 +141,8 @@ def at(*paths: str) -> Callable[[Found], list[float]]:
     return found
 
 
+_MISSING = "–"
+
 UNITS = ("decode", "prefill", "training")
 ONE = at(*(f"unix/{unit}.ratio" for unit in UNITS))
 ONE_FASTEST = at(*(f"unix/{unit}/fastest kernels.ratio" for unit in UNITS))
@@ -215,7 +217,9 @@ def short_table() -> list[str]:
         cells = []
         for lent in ("", "-lent"):
             numbers = row.ratios(load(row.results.format(lent)))
-            cells.append(", ".join(format(number, row.form) for number in numbers) or "–")
+            cells.append(", ".join(format(number, row.form) for number in numbers) or _MISSING)
+        if set(cells) == {_MISSING}:
+            continue
         rows.append(f"| {row.what} | {row.peer} | {cells[0]} | {cells[1]} |")
     return rows
 
