@@ -150,7 +150,7 @@ ONE_FASTEST = at(*(f"unix/{unit}/fastest kernels.ratio" for unit in UNITS))
 SHORT = (
     Row("one client, 110M: decode, prefill, training", "whole model", "overhead{}", ONE),
     Row("the same with `--kernels fastest`", "whole model", "overhead{}", ONE_FASTEST),
-    Row("one client, 1B: the same", "whole model", "overhead-1b{}", ONE),
+    Row("one client, 1B: decode, prefill, training", "whole model", "overhead-1b{}", ONE),
     Row("the same with `--kernels fastest`", "whole model", "overhead-1b{}", ONE_FASTEST),
     Row(
         "1, 2, 4, 8 fine-tuning jobs, 110M",
