@@ -3,10 +3,10 @@
 A result that is being watched is a `Traced` tensor: an ordinary tensor with ordinary numbers
 whose arithmetic is written down as the steps of a chain. What has no step (attention) yields plain
 tensors, and with them the trail ends. The input of a product is watched, too, from then on: what
-follows from it alone (a LoRA's A and B) can be computed by the client before it asks for the
-product, and is written down as a `Call`. No mode stays on, nothing
-is executed twice, and a trail that is wrong costs time but never a number, because whoever uses
-it compares bits (`symbiosis.client.chains`).
+follows from it alone (a LoRA's A and B) the client can compute before it asks for the product, so
+it is written down as a `Call`. No mode stays on, what is watched is not executed twice, and a trail
+that is wrong costs time but never a number, because whoever uses it compares bits
+(`symbiosis.client.chains`).
 """
 
 from __future__ import annotations
