@@ -54,6 +54,8 @@ bench: setup  ## the figures of the README and of docs/decisions; an hour and a 
 	$(BIN)/python benchmarks/decoding.py --from-bf16
 	$(BIN)/python benchmarks/adapter_names.py
 	$(BIN)/python benchmarks/adapter_names.py --lend
+	$(BIN)/python benchmarks/adapter_names.py --fastest
+	$(BIN)/python benchmarks/adapter_names.py --lend --fastest
 	$(BIN)/python benchmarks/exchange.py
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/products.py

@@ -74,9 +74,15 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--fastest", action="store_true", help="the executor serves with --kernels fastest"
+    )
     model_options(parser)
     options = parser.parse_args()
     model, title, suffix, serve = chosen_model(options)
+    if options.fastest:
+        title, suffix = f"{title}, fastest kernels", f"{suffix}-fastest"
+        serve += ("--kernels", "fastest")
     result: dict[str, Any] = {"model": title}
     with executor(model, *serve) as served:
         for count in options.clients:

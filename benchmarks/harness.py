@@ -100,9 +100,6 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lend", action="store_true", help="the executor lends its weights to the clients"
     )
-    parser.add_argument(
-        "--fastest", action="store_true", help="the executor serves with --kernels fastest"
-    )
 
 
 def chosen_model(options: argparse.Namespace) -> Chosen:
@@ -116,13 +113,9 @@ def chosen_model(options: argparse.Namespace) -> Chosen:
     )
     title = f"Llama {options.model.upper()}, fp32{' from bf16 files' if options.from_bf16 else ''}"
     suffix = ("" if options.model == "110m" else f"-{options.model}") + bf16
-    serve: tuple[str, ...] = ()
     if options.lend:
-        title, suffix, serve = f"{title}, lent", f"{suffix}-lent", ("--lend",)
-    if options.fastest:
-        title, suffix = f"{title}, fastest kernels", f"{suffix}-fastest"
-        serve += ("--kernels", "fastest")
-    return Chosen(folder, title, suffix, serve)
+        return Chosen(folder, f"{title}, lent", suffix + "-lent", ("--lend",))
+    return Chosen(folder, title, suffix, ())
 
 
 def environment(*, passive: bool, command: str | None = None) -> dict[str, str]:

@@ -77,7 +77,7 @@ def main() -> None:
     threads = os.cpu_count() or 1
     model, title, suffix, serve = chosen_model(options)
     result: dict[str, Any] = {"model": title, "rounds": options.rounds}
-    kernels = ["fastest"] if options.fastest else ["exact", "fastest"]
+    kernels = ["exact", "fastest"]
     with contextlib.ExitStack() as stack:
         served = {
             each: stack.enter_context(executor(model, *serve, "--kernels", each))

@@ -13,10 +13,9 @@ import time
 import torch
 
 from harness import Sample, ratio, save
-from symbiosis.kernels import ROWS, TORCH, Kernels, Product, Size
+from symbiosis.kernels import MANY_ROWS, ROWS, TORCH, Kernels, Product, Size
 
 SHAPES = [(5632, 2048), (2048, 5632), (2048, 2048), (768, 768), (32000, 768)]
-MANY_ROWS = 64
 CACHE_BYTES = {False: 400 << 20, True: 100 << 20}  # of many rows, which take long, less
 
 ONEDNN = Kernels(Size(p, large, rows) for p in Product for large in (False, True) for rows in ROWS)
@@ -24,7 +23,7 @@ ONEDNN = Kernels(Size(p, large, rows) for p in Product for large in (False, True
 
 def pass_us(kernels: Kernels, product: Product, x: torch.Tensor, ws: list[torch.Tensor]) -> float:
     """Microseconds per product of one pass over all weights."""
-    multiply = kernels.linear if product is Product.LINEAR else kernels.matmul
+    multiply = kernels.of(product)
     started_s = time.perf_counter()
     for w in ws:
         multiply(x, w, None)
@@ -50,16 +49,16 @@ def main() -> None:
                     if number:  # the first warms up
                         plain.append(a)
                         onednn.append(b)
-                faster = ratio(Sample(tuple(plain)), Sample(tuple(onednn)))
-                result[f"{product.name.lower()} {out}x{inner}/{rows}"] = {
-                    "torch_us": Sample(tuple(plain)).median,
-                    "onednn_us": Sample(tuple(onednn)).median,
+                theirs, ours = Sample(tuple(plain)), Sample(tuple(onednn))
+                faster = ratio(theirs, ours)
+                result[f"{product} {out}x{inner}/{rows}"] = {
+                    "torch_us": theirs.median,
+                    "onednn_us": ours.median,
                     "ratio": faster.median,
                 }
                 print(
-                    f"{product.name.lower()}, {out} × {inner}, {rows:3} rows: torch "
-                    f"{Sample(tuple(plain)).spread} µs, oneDNN {Sample(tuple(onednn)).spread}: "
-                    f"{faster.spread} times as fast",
+                    f"{product}, {out} × {inner}, {rows:3} rows: torch {theirs.spread} µs, oneDNN "
+                    f"{ours.spread}: {faster.spread} times as fast",
                     flush=True,
                 )
     save("products", result)

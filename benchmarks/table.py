@@ -11,12 +11,7 @@ from typing import Any, NamedTuple
 
 from harness import RESULTS, ROOT
 
-SUFFIXES = [
-    size + lent + kernels
-    for size in ("", "-bf16", "-1b", "-1b-bf16")
-    for lent in ("", "-lent")
-    for kernels in ("", "-fastest")
-]
+SUFFIXES = [size + lent for size in ("", "-bf16", "-1b", "-1b-bf16") for lent in ("", "-lent")]
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -110,7 +105,8 @@ def makers() -> Iterator[tuple[str, Callable[[Found], list[str]]]]:
     for suffix in SUFFIXES:
         yield f"decoding{suffix}", partial(shared, what="decoder")
     for suffix in SUFFIXES:
-        yield f"adapter-names{suffix}", adapter_names
+        for kernels in ("", "-fastest"):
+            yield f"adapter-names{suffix}{kernels}", adapter_names
     for suffix in SUFFIXES:
         yield f"vllm-cpu{suffix}", vllm_cpu
 

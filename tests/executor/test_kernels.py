@@ -19,16 +19,17 @@ from exchanges import exchange, weight_id
 from symbiosis import Executor, kernels
 from symbiosis.client.welcome import kernels_for_one
 from symbiosis.errors import ProtocolError
-from symbiosis.executor import batch, walks
+from symbiosis.executor import batch, fastest, walks
+from symbiosis.executor.fastest import fastest_kernels
 from symbiosis.executor.weights import Weights
-from symbiosis.kernels import ROWS, TORCH, Kernels, Product, Size, measured
+from symbiosis.kernels import ROWS, TORCH, Kernels, Product, Size
 from symbiosis.wire.exchange import Op
 
 OUT, IN = 1024, 512
 ALL = Kernels(Size(p, large, rows) for p in Product for large in (False, True) for rows in ROWS)
 
 pytestmark = pytest.mark.skipif(
-    not kernels._has_both(), reason="this torch has not both kernels: it computes everything"
+    not kernels.has_both(), reason="this torch has not both kernels: it computes everything"
 )
 
 
@@ -97,7 +98,7 @@ def taking(seconds: Callable[[bool, int], float], monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Kernels, "is_onednn", asked)
 
-    def timer(call: Callable[[], object]) -> float:
+    def timer(call: Callable[[], object], device: torch.device) -> float:
         passes.clear()
         call()
         (only,) = set(passes)
@@ -115,7 +116,7 @@ def test_each_size_has_the_faster_one(w: torch.Tensor, monkeypatch: pytest.Monke
         return {1: 2.0, 2: 0.99, 4: 0.5, 16: 0.9}.get(rows, 1.1)
 
     timer = taking(seconds, monkeypatch)
-    found = measured([w, w.double(), w[:8], w.t(), torch.randn(8)], timer)
+    found = fastest_kernels([w, w.double(), w[:8], w.t(), torch.randn(8)], timer)
     assert found.by_onednn == {Size(p, False, rows) for p in Product for rows in (4, 16)}
     taken = {
         rows: found.is_onednn(Product.LINEAR, torch.ones(rows, IN), w) for rows in range(1, 99)
@@ -128,32 +129,34 @@ def test_each_size_has_the_faster_one(w: torch.Tensor, monkeypatch: pytest.Monke
 def test_a_slow_round_is_not_the_measure(w: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = iter([1.0, 9.0, 9.0, 0.5, 1.0, 9.0, 1.0, 9.0] * 100)
     timer = taking(lambda is_onednn, rows: next(rounds), monkeypatch)
-    assert measured([w], timer).by_onednn == ALL.by_onednn - {
+    assert fastest_kernels([w], timer).by_onednn == ALL.by_onednn - {
         Size(p, True, rows) for p in Product for rows in ROWS
     }
 
 
 def test_what_is_measured_is_a_part_of_the_model() -> None:
     matrices = [torch.empty(1000, 10) for _ in range(100)]
-    sample = kernels._sample(matrices, 200_000)
-    assert sum(part.numel() for part in sample) == 200_000
-    assert {part.data_ptr() for part in sample} == {m.data_ptr() for m in matrices[::5]}
-    (part,) = kernels._sample([torch.empty(1000, 10)], 200)
+    parts = fastest._parts(matrices, 200_000)
+    assert sum(part.numel() for part in parts) == 200_000
+    assert {part.data_ptr() for part in parts} == {m.data_ptr() for m in matrices[::5]}
+    (part,) = fastest._parts([torch.empty(1000, 10)], 200)
     assert part.shape == (20, 10)
 
 
 def test_nothing_is_measured_of_a_small_model_or_in_another_dtype() -> None:
-    def never(call: Callable[[], object]) -> float:
+    def never(call: Callable[[], object], device: torch.device) -> float:
         raise AssertionError("measured")
 
-    assert measured((w.tensor for w in Weights(tiny.llama(), "tiny")), never).by_onednn == set()
-    assert measured([torch.ones(OUT, IN, dtype=torch.bfloat16)], never).by_onednn == set()
+    assert (
+        fastest_kernels((w.tensor for w in Weights(tiny.llama(), "tiny")), never).by_onednn == set()
+    )
+    assert fastest_kernels([torch.ones(OUT, IN, dtype=torch.bfloat16)], never).by_onednn == set()
 
 
 @pytest.fixture
 def base(monkeypatch: pytest.MonkeyPatch) -> GPT2LMHeadModel:
     """A model for which oneDNN's kernel is always the faster one."""
-    monkeypatch.setattr("symbiosis.executor.weights.measured", lambda dense: ALL)
+    monkeypatch.setattr("symbiosis.executor.weights.fastest_kernels", lambda dense: ALL)
     config = GPT2Config(n_layer=1, n_head=2, n_embd=256, vocab_size=1024, n_positions=64)
     torch.manual_seed(0)
     return GPT2LMHeadModel(config).eval()

@@ -53,7 +53,7 @@ class Masked(enum.StrEnum):
     sixteen = "16"
 
 
-class KernelsOption(enum.StrEnum):
+class Kernels(enum.StrEnum):
     exact = "exact"
     fastest = "fastest"
 
@@ -83,14 +83,14 @@ def serve(
         ),
     ] = Dtype.auto,
     kernels: Annotated[
-        KernelsOption,
+        Kernels,
         typer.Option(
             help="How float32 products are computed on the CPU. exact: a lone client's as plain "
             "torch does, to the last bit. fastest: by what is measured to be fastest here, which "
             "may be several times as fast and differs in the last bits. Joined rows of several "
             "clients always take the fastest."
         ),
-    ] = KernelsOption.exact,
+    ] = Kernels.exact,
     device: Annotated[
         str, typer.Option(metavar="cpu|cuda", help="Where the frozen weights are.")
     ] = "cpu",

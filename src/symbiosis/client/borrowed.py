@@ -38,7 +38,7 @@ class Borrowed:
         lent: Lent,
         weights: dict[int, WeightInfo],
         identity: Identity,
-        kernels: Kernels = TORCH,
+        kernels: Kernels,
     ) -> None:
         """``kernels``: by what the executor would compute."""
         self._kernels = kernels

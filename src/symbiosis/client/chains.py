@@ -80,17 +80,16 @@ class Chains:
             return None
         if self._answers:  # the last chain was not used up
             self._missed()
-        values = self._kept
-        if ask.calls:
-            values = {**self._kept, ask.sent: x}
-            try:
-                for node, call in ask.calls:
-                    values[node] = call.again(values)
-            except Exception:  # noqa: BLE001 (an adapter was deleted: it is no more than a guess)
-                self._missed()
-                return None
+        computed = {ask.sent: x}
         try:
-            return ask, (x, *[values[node] for node in ask.takes])
+            for node, call in ask.calls:
+                computed[node] = call.again(computed)
+        except Exception:  # noqa: BLE001 (an adapter was deleted: it is no more than a guess)
+            self._missed()
+            return None
+        try:
+            further = [computed[n] if n in computed else self._kept[n] for n in ask.takes]
+            return ask, (x, *further)
         except KeyError:
             return None
 

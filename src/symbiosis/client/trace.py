@@ -36,36 +36,42 @@ class Call(NamedTuple):
     """What the client computed from an input of a product, and can compute again."""
 
     func: Callable[..., Tensor]
-    args: Any  # with `Here` in place of nodes, and weak references to other tensors
-    kwargs: Any
+    args: tuple[Any, ...]  # `Here` in place of nodes, and weak references to other tensors
+    kwargs: dict[str, Any]  # likewise
     of: int  # the node that it follows from: an input from outside
 
     @property
     def nodes(self) -> set[int]:
         """Those that it is computed from."""
-        return {part.node for part in _leaves((self.args, self.kwargs)) if type(part) is Here}
+        return {part.node for part in self._parts if type(part) is Here}
 
     @property
     def is_lasting(self) -> bool:
         """Are its other tensors still there? (A parameter is; what a pass made is not.)"""
-        leaves = _leaves((self.args, self.kwargs))
-        return all(part() is not None for part in leaves if type(part) is weakref.ref)
+        return all(part() is not None for part in self._parts if type(part) is weakref.ref)
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        return (*self.args, *self.kwargs.values())
 
     def again(self, values: Mapping[int, Tensor]) -> Tensor:
         """Its result, now, contiguous. Raises KeyError if a tensor has gone, and what ``func``
         does."""
+        args = [_present(part, values) for part in self.args]
+        kwargs = {key: _present(part, values) for key, part in self.kwargs.items()}
+        return self.func(*args, **kwargs).contiguous()
 
-        def of(part: Any) -> Any:
-            if type(part) is Here:
-                return values[part.node].view(part.shape)
-            if type(part) is not weakref.ref:
-                return part
-            tensor = part()
-            if tensor is None:
-                raise KeyError("a tensor of an adapter")
-            return tensor
 
-        return self.func(*_mapped(of, self.args), **_mapped(of, self.kwargs)).contiguous()
+def _present(part: Any, values: Mapping[int, Tensor]) -> Any:
+    """An argument of a `Call`, now."""
+    if type(part) is Here:
+        return values[part.node].view(part.shape)
+    if type(part) is not weakref.ref:
+        return part
+    tensor = part()
+    if tensor is None:
+        raise KeyError("a tensor of an adapter")
+    return tensor
 
 
 class Node(NamedTuple):
@@ -166,31 +172,30 @@ class Trace:
         """What has just run, if it can be done again from one input of a product."""
         if not self._repeatable:
             return None
-        found: set[int] = set()
-
-        def noted(part: Any) -> Any:
-            if not isinstance(part, Tensor):
-                if not isinstance(part, _CONSTANT):
-                    raise _CannotRepeat
-                return part
-            node = self._known.get(id(part))
-            if node is None:
-                if type(part) is Traced:
-                    raise _CannotRepeat
-                return weakref.ref(part)
-            if node in self.calls:
-                found.add(self.calls[node].of)
-            elif self.nodes[node].is_outside:
-                found.add(node)
-            else:
-                raise _CannotRepeat
-            return Here(node, part.shape)
-
         try:
-            call = _mapped(noted, args), _mapped(noted, kwargs)
+            call = Call(
+                func,
+                tuple(self._noted(part) for part in args),
+                {key: self._noted(part) for key, part in kwargs.items()},
+                0,
+            )
         except _CannotRepeat:
             return None
-        return Call(func, *call, found.pop()) if len(found) == 1 else None
+        sources = {self.calls[node].of if node in self.calls else node for node in call.nodes}
+        return call._replace(of=sources.pop()) if len(sources) == 1 else None
+
+    def _noted(self, part: Any) -> Any:
+        """An argument as a `Call` has it."""
+        if not isinstance(part, Tensor):
+            if not _is_constant(part):
+                raise _CannotRepeat
+            return part
+        node = self._known.get(id(part))
+        if node is not None and (node in self.calls or self.nodes[node].is_outside):
+            return Here(node, part.shape)
+        if node is not None or type(part) is Traced:
+            raise _CannotRepeat
+        return weakref.ref(part)
 
     def _wrap(self, tensor: Tensor, node: int) -> Tensor:
         wrapped = tensor.as_subclass(Traced)
@@ -347,22 +352,10 @@ class _CannotRepeat(Exception):
     """An argument is neither a constant, nor a tensor that the client will have again."""
 
 
-_CONSTANT = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size)
-
-
-def _mapped(of: Callable[[Any], Any], value: Any) -> Any:
-    """``value`` with ``of`` each thing in its lists, tuples and dictionaries."""
-    if type(value) in (tuple, list):
-        return type(value)(_mapped(of, part) for part in value)
-    if type(value) is dict:
-        return {key: _mapped(of, part) for key, part in value.items()}
-    return of(value)
-
-
-def _leaves(value: Any) -> list[Any]:
-    found: list[Any] = []
-    _mapped(found.append, value)
-    return found
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_constant, value))
+    return isinstance(value, (type(None), bool, int, float, str, torch.dtype, torch.device))
 
 
 def _same_rows(x: Tensor, out: Tensor) -> bool:

@@ -41,7 +41,7 @@ def compute(
     one, by default as for one client; it has rows of several if they have been joined before."""
     first = exchanges[0]
     if len(exchanges) == 1:
-        return [tuple(ops.run(first, weights, first.tensors, kernels or weights.for_one))]
+        return [tuple(ops.run(first, weights, first.tensors, kernels))]
     rows = [[_rows(exchange, x) for x in exchange.tensors] for exchange in exchanges]
     joined = tuple(cat(column, weights.device) for column in zip(*rows, strict=True))
     outputs = ops.run(first._replace(place=None), weights, joined, weights.for_joined)

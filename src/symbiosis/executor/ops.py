@@ -334,7 +334,7 @@ def _run_in_place(
     kernels: Kernels,
 ) -> torch.Tensor | None:
     """A product computed where its client wants it, by the kernel that computes it elsewhere.
-    oneDNN's makes its result itself; of many rows that is as much to copy as it saves."""
+    oneDNN's makes its result itself, which of many rows is not worth the copy."""
     if exchange.place is None or exchange.op not in (Op.LINEAR, Op.MATMUL):
         return None
     if not (x.is_cpu and w.is_cpu and x.dtype is w.dtype is torch.float32):

@@ -27,10 +27,10 @@ from transformers.pytorch_utils import Conv1D
 
 from symbiosis.errors import InvalidInput, ModelError, UnknownWeight
 from symbiosis.executor import quantized
-from symbiosis.executor.fastest import fastest_dtype
+from symbiosis.executor.fastest import fastest_dtype, fastest_kernels
 from symbiosis.executor.model_files import read_model
 from symbiosis.executor.quantized import QuantizedMatrix, Scheme
-from symbiosis.kernels import TORCH, KernelChoice, measured
+from symbiosis.kernels import TORCH, KernelChoice
 from symbiosis.privacy.ring import RingWeight
 from symbiosis.transport import device_memory
 from symbiosis.transport.lent import Lender
@@ -186,8 +186,9 @@ class Weights:
         """Measure which kernels are the fastest, for the joined rows of several clients and, with
         "fastest", for those of one."""
         dense = [w.tensor for w in self if w.quantized is None]
-        with ThreadPoolExecutor(1) as apart:  # OpenMP's team of this thread would stay, and put
-            self.for_joined = apart.submit(measured, dense).result()  # others to sleep: `waiting`
+        # OpenMP's team of this thread would stay, and put others to sleep: `waiting`
+        with ThreadPoolExecutor(1) as apart:
+            self.for_joined = apart.submit(fastest_kernels, dense).result()
         if which == "fastest":
             self.for_one = self.for_joined
 
