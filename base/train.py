@@ -29,7 +29,6 @@ import math
 import os
 import platform
 import random
-import sys
 import sysconfig
 import tempfile
 import time
@@ -531,4 +530,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

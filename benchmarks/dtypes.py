@@ -40,7 +40,7 @@ def main() -> None:
                 for worker in workers:
                     worker.run(do="adapt", method="lora")
             ours, peer = workers
-            row = measure(peer, ours, unit, options.rounds)
+            row = measure(peer, {"bf16": ours}, unit, options.rounds)["bf16"]
             bf16_rate, float32_rate = row["split_tokens_per_s"], row["whole_tokens_per_s"]
             print(
                 f"{name:9} bf16 {bf16_rate:.1f} tokens/s, float32 {float32_rate:.1f}: "

@@ -25,6 +25,10 @@ def trainable(model: PeftModel) -> dict[str, torch.Tensor]:
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
+def gradients(model: PeftModel) -> dict[str, torch.Tensor]:
+    return {n: p.grad for n, p in trainable(model).items() if p.grad is not None}
+
+
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     return max((a[name] - b[name]).abs().max().item() for name in a)
@@ -58,7 +62,7 @@ def main() -> None:
         losses = [model(ids, labels=ids).loss for model in (a, b)]
         for loss in losses:
             loss.backward()
-        grads = [{n: p.grad for n, p in trainable(model).items()} for model in (a, b)]
+        grads = [gradients(model) for model in (a, b)]
         result: dict[str, Any] = {
             "model": "Llama 110M, fp32",
             "logits": logits,

@@ -160,8 +160,8 @@ def real(
                 for policy, site in sites.items():
                     outcome = site.decode(tokens=tokens, **load)
                     runs.setdefault(name, {}).setdefault(policy, []).append(outcome)
-            for policy, outcomes in runs.get(name, {}).items():
-                print(_real_row(name, policy, _medians(outcomes)), flush=True)
+            for measured, outcomes in runs.get(name, {}).items():
+                print(_real_row(name, measured, _medians(outcomes)), flush=True)
     return {
         name: {policy: _medians(outcomes) for policy, outcomes in by_policy.items()}
         for name, by_policy in runs.items()

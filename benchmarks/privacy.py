@@ -186,8 +186,8 @@ def trained(model: PreTrainedModel, text: torch.Tensor) -> float:
 def whole(bits: int | None = None) -> PreTrainedModel:
     """The base in one process; with ``bits`` its matrices rounded to such integers."""
     model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
-    for module in model.model.layers.modules() if bits else ():
-        if isinstance(module, torch.nn.Linear):
+    for module in model.model.layers.modules():
+        if bits is not None and isinstance(module, torch.nn.Linear):
             made = quantise(module.weight, 0, bits)
             module.weight.data = made.numbers * made.scales[:, None]
     return model

@@ -24,6 +24,7 @@ import symbiosis
 from exchange import TINY
 from harness import executor, make_model, pss_bytes, save
 from symbiosis.client.session import Session
+from symbiosis.client.welcome import weight_table
 from symbiosis.wire.exchange import NO_BIAS, Op
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -91,9 +92,9 @@ def main() -> None:
         for count in sorted(options.clients):
             while len(sessions) < count:
                 sessions.append(stack.enter_context(symbiosis.connect(served.unix)))
-            tables = sessions[0].welcome["weights"]
-            weight = next(w["id"] for w in tables if w["names"][0].endswith("q_proj.weight"))
-            x = torch.randn(1, tables[weight]["shape"][1])
+            table = weight_table(sessions[0].welcome).values()
+            asked = next(w for w in table if w.names[0].endswith("q_proj.weight"))
+            weight, x = asked.id, torch.randn(1, asked.shape[1])
             for session in sessions:  # arenas and tables are there before anything is measured
                 ask(session, weight, x)
             alone = statistics.median(

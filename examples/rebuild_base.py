@@ -37,7 +37,8 @@ def by_basis_vectors(session: Session, weight: int, width: int) -> Tensor:
 
 def by_ordinary_tokens(x: Tensor, y: Tensor) -> Tensor:
     """W (O, I) from inputs (T, I) and answers (T, O): least squares in fp64."""
-    return torch.linalg.lstsq(x.double(), y.double(), driver="gelsd").solution.T
+    solution: Tensor = torch.linalg.lstsq(x.double(), y.double(), driver="gelsd").solution
+    return solution.T
 
 
 @torch.no_grad()
@@ -61,7 +62,8 @@ def ordinary_text(session: Session, tokens: int) -> Tensor:
     """(rows, `WINDOW`) ids of Python source code, at least ``tokens`` in all."""
     read = session.tokenizer()(inspect.getsource(argparse), return_tensors="pt")["input_ids"][0]
     rows = -(-tokens // WINDOW)
-    return read[: rows * WINDOW].view(rows, WINDOW)
+    windows: Tensor = read[: rows * WINDOW].view(rows, WINDOW)
+    return windows
 
 
 def rebuild(session: Session, name: str, ids: Tensor, out: Path | None) -> dict[str, float]:

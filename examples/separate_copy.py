@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -46,7 +47,7 @@ def main() -> None:
     time.sleep(max(0.0, TOGETHER_S - (time.monotonic() - started_s)))
 
 
-def train(model: torch.nn.Module, tokenizer: object, method: str, data: Path, lr: float) -> None:
+def train(model: torch.nn.Module, tokenizer: Any, method: str, data: Path, lr: float) -> None:
     configs = {
         "lora": LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"),
         "ia3": IA3Config(task_type="CAUSAL_LM"),

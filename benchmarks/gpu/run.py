@@ -454,7 +454,8 @@ class Bench:
     def context(self) -> dict[str, Any]:
         """A token after a long context: cache and attention on the device, in host memory beside
         frozen layers on the device, and HF's offloaded cache as the peer."""
-        sizes, found = self.sizes, {}
+        sizes = self.sizes
+        found: dict[str, float | str] = {}  # seconds, or why not
         self.give_back()
         whole = self.made(sizes.llama)
         with (
@@ -537,9 +538,7 @@ class Bench:
             borrowers = [_borrower(url, self) for _ in range(count)]
             for borrower in borrowers:
                 stack.callback(borrower.close)
-            overdue = threading.Timer(
-                240, lambda: [os.kill(b.pid, signal.SIGKILL) for b in borrowers]
-            )
+            overdue = threading.Timer(240, _kill, [borrowers])
             stack.callback(overdue.cancel)
             overdue.start()
             for borrower in borrowers:
@@ -665,7 +664,7 @@ class Bench:
         """Keys and values of ``length`` tokens."""
         config = model.config
         heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize
+        return int(2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize)
 
     @torch.no_grad()
     def _token_s(self, model: Any, length: int, offloads: bool) -> float:
@@ -731,6 +730,11 @@ class Job:
 
 def _on_attention() -> LoraConfig:
     return LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+def _kill(processes: list[Process]) -> None:
+    for each in processes:
+        os.kill(each.pid, signal.SIGKILL)
 
 
 def _borrower(url: str, bench: Bench) -> Process:

@@ -125,8 +125,8 @@ def size_of(product: Product, numbers: int, rows: int) -> Size:
 
 def has_both() -> bool:
     """Is torch built with both libraries, and oneDNN's product where inductor expects it?"""
-    mkl: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
-    mkldnn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    mkl: bool = torch.backends.mkl.is_available()
+    mkldnn: bool = torch.backends.mkldnn.is_available()
     return mkl and mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

@@ -211,7 +211,7 @@ def _set_data(self: Any, value: Any) -> Any:
         twin = value.cast(value.dtype, value.device)
         if self._is_param:
             twin._is_param = True
-        torch.utils.swap_tensors(self, twin)  # type: ignore[no-untyped-call]
+        torch.utils.swap_tensors(self, twin)
     else:
         self.become(value)
     return None

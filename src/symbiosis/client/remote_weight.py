@@ -165,7 +165,7 @@ class RemoteWeight(Tensor):
         """Turn this very tensor into a local, frozen one that holds ``values``; a parameter
         stays a parameter."""
         local = nn.Parameter(values, requires_grad=False) if self._is_param else values.detach()
-        torch.utils.swap_tensors(self, local)  # type: ignore[no-untyped-call]
+        torch.utils.swap_tensors(self, local)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         kind = "Parameter, " if self._is_param else ""

@@ -294,7 +294,7 @@ class Trace:
         return self._add(x, Step.LAYER_NORM, (a, *vectors), number=epsilon)  # type: ignore[arg-type]
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Recorder(TorchDispatchMode):
     """Shows a trace the ATen operations of one call."""
 
     def __init__(self, trace: Trace) -> None:
@@ -328,7 +328,7 @@ class Traced(Tensor):
         return copy.deepcopy(plain(self), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return plain(self).__reduce_ex__(protocol)
 
 
 def plain(tensor: Tensor) -> Tensor:

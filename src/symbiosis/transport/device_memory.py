@@ -80,7 +80,7 @@ def share(block: torch.Tensor) -> Json:
     if block.device.type == "cpu":
         manager, name, num_bytes = storage._share_filename_cpu_()
         return {"manager": _text(manager), "name": _text(name), "bytes": num_bytes}
-    shared = storage._share_cuda_()  # type: ignore[no-untyped-call]
+    shared = storage._share_cuda_()
     _, handle, num_bytes, offset, counter, counter_offset, event, waits = shared
     return {
         "gpu": _uuid(block.device),
@@ -170,7 +170,7 @@ def _opened(shared: dict[str, Any], device: torch.device, num_bytes: int) -> tor
     if not _COUNTER.fullmatch(_data(counter)) or _number(counter_offset) >= _COUNTERS:
         raise ValueError("that is no counter of torch's")
     event = shared["event"]
-    torch.cuda.init()  # type: ignore[no-untyped-call]
+    torch.cuda.init()
     index = torch.cuda.current_device() if device.index is None else device.index
     opened: torch.UntypedStorage = torch.UntypedStorage._new_shared_cuda(
         index,
