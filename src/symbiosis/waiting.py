@@ -13,6 +13,8 @@ means not at all. No effect with another OpenMP, or where torch uses few of many
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import threading
 
@@ -22,6 +24,7 @@ _lock = threading.Lock()
 _end: threading.Event | None = None  # of the threads that keep the others asleep
 _MOST_TEAMS = 8
 _BRIEF_SPINS = 30_000
+_SOFT = 1  # omp_pause_soft
 
 
 def sleep_at_once(sleep: bool) -> None:
@@ -40,6 +43,13 @@ def waits_briefly() -> bool:
     """Do this process's threads stay awake for a millisecond at most?"""
     spins = os.environ.get("GOMP_SPINCOUNT", "")
     return spins.isdecimal() and int(spins) <= _BRIEF_SPINS
+
+
+def end_team() -> None:
+    """End the team of the calling thread, which computes no more, or is about to fork: it would
+    put those of others to sleep, and a child would wait for it. The next product makes another."""
+    with contextlib.suppress(OSError, AttributeError):  # not with OpenMP 5, or with none
+        ctypes.CDLL(torch._C.__file__).omp_pause_resource_all(_SOFT)
 
 
 def _teams_needed() -> int:

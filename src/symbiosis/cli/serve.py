@@ -260,14 +260,10 @@ _STOPPED = "the executor stopped by itself; its log above says why"
 
 def _supervise(load: Callable[[], Executor], doors: Doors, device: str, terms: str) -> int:
     """Load (on the CPU) and listen here, and serve in children; the exit code."""
-    import torch
-
     from symbiosis.cli.supervisor import Supervisor
     from symbiosis.jobs.hosted import check_device
     from symbiosis.transport.addresses import Address, listen
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # see `supervisor`
     loaded = None if device.startswith("cuda") else load()  # CUDA does not survive a fork
     if loaded is not None:
         loaded.digest.wait()  # once, and by threads that a fork would lose
@@ -276,7 +272,6 @@ def _supervise(load: Callable[[], Executor], doors: Doors, device: str, terms: s
         listener.setblocking(False)
 
     def work(ready: Callable[[], None], again: bool) -> None:
-        torch.set_num_threads(threads)
         check_device(device, "--device")
         with loaded or load() as executor:
             taken = doors.open(executor, listeners)

@@ -2,8 +2,8 @@
 
 The parent holds what is expensive (the imports, the weights, the listening sockets) and does
 nothing with it, so that a new child is there within milliseconds, with the very same numbers in
-the very same memory, and clients that connect meanwhile wait in the sockets' queues. It must not
-have computed with more than one thread before: OpenMP's threads do not survive a fork. Knows
+the very same memory, and clients that connect meanwhile wait in the sockets' queues. It must have
+no threads of OpenMP's left, for they do not survive a fork (`symbiosis.waiting.end_team`). Knows
 processes and signals; knows nothing of models.
 """
 

@@ -47,6 +47,7 @@ from symbiosis.transport.device_arena import DeviceBlocks, blocks_of
 from symbiosis.transport.inproc import InprocChannel
 from symbiosis.transport.lent import Lender
 from symbiosis.transport.tls import ServerTls
+from symbiosis.waiting import end_team
 from symbiosis.wire.exchange import Exchange, Result
 from symbiosis.wire.frames import VERSION, Json, Limits
 from symbiosis.wire.tensors import as_bytes, empty_payload
@@ -87,6 +88,7 @@ class Executor:
             raise _not_lent_to_tenants()
         weights.choose_kernels(kernels)
         offer(weights, tuple(masked))
+        end_team()  # of loading and measuring, which is over
         self._masked_clients: set[int] = set()
         self._bounds = bounds
         self.digest = ModelDigest(weights)

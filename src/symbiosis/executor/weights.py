@@ -14,7 +14,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -186,9 +185,7 @@ class Weights:
         """Measure which kernels are the fastest, for the joined rows of several clients and, with
         "fastest", for those of one."""
         dense = [w.tensor for w in self if w.quantized is None]
-        # OpenMP's team of this thread would stay, and put others to sleep: `waiting`
-        with ThreadPoolExecutor(1) as apart:
-            self.for_joined = apart.submit(fastest_kernels, dense).result()
+        self.for_joined = fastest_kernels(dense)
         if which == "fastest":
             self.for_one = self.for_joined
 
