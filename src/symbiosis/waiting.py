@@ -48,7 +48,7 @@ def waits_briefly() -> bool:
 def end_team() -> None:
     """End the team of the calling thread, which computes no more, or is about to fork: it would
     put those of others to sleep, and a child would wait for it. The next product makes another."""
-    with contextlib.suppress(OSError, AttributeError):  # not with OpenMP 5, or with none
+    with contextlib.suppress(OSError, AttributeError):  # an OpenMP before 5, or none
         ctypes.CDLL(torch._C.__file__).omp_pause_resource_all(_SOFT)
 
 
