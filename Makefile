@@ -42,7 +42,7 @@ SOAK ?= --minutes 5
 soak: setup  ## clients of all kinds come and go, some die, so does the executor; SOAK="--hours 8"
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -W ignore -m tests.soak $(SOAK)
 
-bench: setup  ## the figures of the README and of docs/decisions; an hour and a half on 2 cores
+bench: setup  ## the figures of the README and of docs/decisions; well over an hour on 2 cores
 	$(BIN)/python benchmarks/exactness.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/finetuning.py

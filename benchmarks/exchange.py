@@ -130,12 +130,12 @@ def main() -> None:
     model = make_model("llama-tiny", TINY)
     with bare_peer() as bare, executor(model) as served:
         makers = {"bare": bare}
-        for name, url, arena_bytes in (
-            ("unix, arena", served.unix, 4 << 30),
-            ("unix, socket", served.unix, 0),
-            ("tcp", served.tcp, 0),
+        for name, session in (
+            ("unix, arena", symbiosis.connect(served.unix)),
+            ("unix, socket", symbiosis.connect(served.unix, arena_bytes=0)),
+            ("tcp", symbiosis.connect(served.tcp)),
         ):
-            makers[name] = exchange_timer(symbiosis.connect(url, arena_bytes=arena_bytes))
+            makers[name] = exchange_timer(session)
         print(f"{'':6} " + "".join(f"{name:>32}" for name in makers))
         for label, size in SIZES.items():
             timers = {name: make(size) for name, make in makers.items()}
